@@ -1,0 +1,77 @@
+"""Supervised fine-tuning, plain or on the examples of high reward only."""
+
+import jax
+import jax.numpy as jnp
+
+from dro_jax.objectives.per_example import (
+    Metrics,
+    Scalar,
+    check_arrays,
+    check_scalars,
+    weighted_mean,
+    zero_padding,
+)
+
+
+def sft_loss(
+    *,
+    policy_log_prob: jax.Array,
+    target_tokens: jax.Array,
+    weights: jax.Array,
+    total_tokens: Scalar | None = None,
+) -> tuple[jax.Array, Metrics]:
+    """Returns the negative log-likelihood per token: -sum_i w_i log pi(y_i|x_i) / sum_i w_i n_i.
+
+    The mean is over the batch's tokens, T5X's convention, so a long response counts for more than a
+    short one. For reward-filtered SFT pass the weights of `reward_filtered_weights`.
+
+    Args:
+      policy_log_prob: log pi(y|x) summed over tokens, nats. All arrays share one shape, e.g. [B, N].
+      target_tokens: n, the number of target tokens in the sum, end-of-sequence included, as floats.
+      weights: 1 for a real example, 0 for padding, whose entries may hold anything, even NaN.
+      total_tokens: sum of w_i n_i over the global batch; by default of the arrays given.
+
+    Returns:
+      The loss in nats per token (0 when no example is real), and metrics that, like the loss, add
+      up over microbatches: loss/sft.
+
+    Raises:
+      ValueError: shapes differ, or total_tokens is not a scalar.
+      TypeError: an array is not float32 or float64.
+
+    >>> import jax.numpy as jnp
+    >>> loss, _ = sft_loss(policy_log_prob=jnp.array([-6.0, -2.0]),
+    ...                    target_tokens=jnp.array([3.0, 1.0]), weights=jnp.ones(2))
+    >>> float(loss)
+    2.0
+    """
+    check_arrays(policy_log_prob=policy_log_prob, target_tokens=target_tokens, weights=weights)
+    check_scalars(total_tokens=total_tokens)
+    (target_tokens,) = zero_padding(weights, target_tokens)
+    if total_tokens is None:
+        total_tokens = jnp.sum(weights * target_tokens)
+    loss = weighted_mean(-policy_log_prob, weights, total_tokens)
+    return loss, {"loss/sft": loss}
+
+
+def reward_filtered_weights(
+    *, reward: jax.Array, weights: jax.Array, threshold: Scalar
+) -> jax.Array:
+    """Returns the weights with 0 for the examples whose reward is below the threshold.
+
+    To train on the top fraction by reward, the threshold is that quantile of the training split's
+    rewards, in the units of `reward` (normalised or not); ties with it are kept.
+
+    Raises:
+      ValueError: the shapes differ, or the threshold is not a scalar.
+      TypeError: an array is not float32 or float64.
+
+    >>> import jax.numpy as jnp
+    >>> reward_filtered_weights(
+    ...     reward=jnp.array([0.5, 1.5, 2.0]), weights=jnp.array([1.0, 1.0, 0.0]), threshold=1.0
+    ... ).tolist()
+    [0.0, 1.0, 0.0]
+    """
+    check_arrays(reward=reward, weights=weights)
+    check_scalars(threshold=threshold)
+    return jnp.where(reward >= threshold, weights, 0)
