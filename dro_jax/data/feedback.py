@@ -1,0 +1,425 @@
+"""Feedback files: reading, judging, splitting and summarising (prompt, completion, reward) rows.
+
+A feedback file is JSONL, plain or gzip (`.gz`), UTF-8, one JSON object a line:
+
+    {"prompt": "Name a colour.", "completion": "Red.", "reward": 0.5}
+    {"prompt": "Name a colour.", "response": "Seven.", "label": "down"}
+
+`prompt` and `completion` (or `response`) are text. `reward` is a finite number, or `label` is a
+thumb: true/false, 1/0, "up"/"down" (also "thumbs up"), "👍"/"👎". Other fields are ignored, and so are blank lines.
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import json
+import math
+import zlib
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from etils import epath
+
+from dro_jax.errors import UsageError
+
+Split = Literal["train", "validation"]
+
+_BAD_ROW_MESSAGES_KEPT = 5
+_LARGEST_FLOAT32 = 3.4028235e38
+_LABEL_REWARDS: dict[Any, float] = {
+    # True == 1 and 1.0 == 1 as keys, so these two lines serve booleans, integers and floats.
+    1: 1.0,
+    0: 0.0,
+    "up": 1.0,
+    "down": 0.0,
+    "👍": 1.0,
+    "👎": 0.0,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedbackFile:
+    """A feedback file and how its rows are judged and split.
+
+    Attributes:
+        path: a `.jsonl` or `.jsonl.gz` file, local or remote (gs://).
+        validation_fraction: the share of prompts held out, in [0, 1).
+        skip_bad_rows: count and skip bad rows instead of refusing the file at the first one.
+        max_unusable_fraction: the most that bad and empty rows may make up of all rows, in [0, 1].
+
+    Raises:
+        UsageError: a fraction is out of its range.
+    """
+
+    path: str
+    validation_fraction: float = 0.05
+    skip_bad_rows: bool = False
+    max_unusable_fraction: float = 0.05
+
+    def __post_init__(self) -> None:
+        """Refuses fractions that are out of range."""
+        if not 0 <= self.validation_fraction < 1:
+            raise UsageError(f"validation_fraction is {self.validation_fraction}; set it in [0, 1)")
+        if not 0 <= self.max_unusable_fraction <= 1:
+            raise UsageError(
+                f"max_unusable_fraction is {self.max_unusable_fraction}; set it in [0, 1]"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Triplet:
+    """One usable row: a prompt, a completion, its raw reward, and the line it stands on."""
+
+    prompt: str
+    completion: str
+    reward: float
+    line: int
+
+
+@dataclasses.dataclass(frozen=True)
+class UnusableRow:
+    """A row that cannot be trained on, and one line that names file, line, field and remedy."""
+
+    kind: Literal["bad", "empty prompt", "empty completion"]
+    message: str
+    line: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardStatistics:
+    """Mean and population standard deviation of the raw rewards of a training split."""
+
+    mean: float
+    std: float
+
+    def normalise(self, reward: float) -> float:
+        """Returns (reward - mean) / std."""
+        return (reward - self.mean) / self.std
+
+    def save_json(self, path: epath.PathLike) -> None:
+        """Writes the statistics to `path`; floats survive the round trip exactly."""
+        epath.Path(path).write_text(json.dumps(dataclasses.asdict(self)) + "\n")
+
+    @classmethod
+    def load_json(cls, path: epath.PathLike) -> "RewardStatistics":
+        """Reads what `save_json` wrote.
+
+        Raises:
+            UsageError: the file is missing or does not hold reward statistics.
+        """
+        try:
+            fields = json.loads(epath.Path(path).read_text())
+            statistics = cls(mean=float(fields["mean"]), std=float(fields["std"]))
+        except OSError as error:
+            raise UsageError(
+                f"{path}: the reward statistics cannot be read ({error.strerror or error}); "
+                "restore the file that training saved with the model"
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{path}: holds no reward statistics; restore the file that training saved "
+                "with the model"
+            ) from error
+        if not (math.isfinite(statistics.mean) and 0 < statistics.std < math.inf):
+            raise UsageError(
+                f"{path}: mean {statistics.mean} and std {statistics.std} cannot normalise "
+                "rewards; restore the file that training saved with the model"
+            )
+        return statistics
+
+
+@dataclasses.dataclass(frozen=True)
+class FeedbackSummary:
+    """What one pass over a feedback file found.
+
+    `rows` counts every row that is not blank: bad, empty and usable. The usable ones are
+    `train_rows` + `validation_rows`. `min_reward` and `max_reward` are over all usable rows,
+    `rewards` over the training split alone.
+    """
+
+    path: str
+    rows: int
+    bad_rows: int
+    bad_row_messages: tuple[str, ...]
+    empty_prompts: int
+    empty_completions: int
+    train_rows: int
+    train_prompts: int
+    validation_rows: int
+    validation_prompts: int
+    rewards: RewardStatistics
+    min_reward: float
+    max_reward: float
+
+    @property
+    def num_input_examples(self) -> dict[str, int]:
+        """Usable rows in each split, as SeqIO names them."""
+        return {"train": self.train_rows, "validation": self.validation_rows}
+
+    def describe(self) -> str:
+        """Returns the summary as a few lines for the log."""
+        lines = [
+            f"{self.path}: {self.rows} rows, {self.train_rows} for training "
+            f"({self.train_prompts} prompts), {self.validation_rows} for validation "
+            f"({self.validation_prompts} prompts)",
+            f"skipped: {self.bad_rows} bad, {self.empty_prompts} with an empty prompt, "
+            f"{self.empty_completions} with an empty completion",
+            f"raw reward: mean {self.rewards.mean:.6g}, standard deviation {self.rewards.std:.6g} "
+            f"(training split); from {self.min_reward:.6g} to {self.max_reward:.6g}",
+            *self.bad_row_messages,
+        ]
+        if not self.validation_rows:
+            lines.append("the validation split is empty: nothing will be evaluated")
+        return "\n".join(lines)
+
+
+def split_of(prompt: str, validation_fraction: float) -> Split:
+    """Returns the split that a prompt belongs to, whatever else the file holds.
+
+    The prompt's hash, read as a number in [0, 1), is compared with `validation_fraction`: all rows of
+    a prompt fall on one side, and stay there when the file grows.
+    """
+    position = int.from_bytes(_prompt_digest(prompt), "big") / 2**64
+    return "validation" if position < validation_fraction else "train"
+
+
+def read_rows(path: str) -> Iterator[Triplet | UnusableRow]:
+    """Yields every row that is not blank, judged, in file order and in constant memory.
+
+    Raises:
+        UsageError: the file is missing, a directory, unreadable, or not the gzip its name promises.
+    """
+    for line, raw in _lines(path):
+        where = f"{path}, line {line}"
+        try:
+            fields = _parse(raw)
+            prompt = _text(fields, "prompt")
+            completion = _text(fields, "completion", "response")
+            reward = _reward(fields)
+        except _BadRow as problem:
+            yield UnusableRow("bad", f"{where}: {problem}", line)
+            continue
+        if not prompt.strip():
+            yield UnusableRow("empty prompt", f"{where}: field 'prompt' is empty", line)
+        elif not completion.strip():
+            yield UnusableRow("empty completion", f"{where}: field 'completion' is empty", line)
+        else:
+            yield Triplet(prompt, completion, reward, line)
+
+
+def read_feedback(file: FeedbackFile, split: Split | None = None) -> Iterator[Triplet]:
+    """Yields the usable rows of one split (None: of both), in file order and in constant memory.
+
+    Rows with an empty prompt or completion are passed over.
+
+    Raises:
+        UsageError: as `read_rows`; or a bad row, unless `file.skip_bad_rows`.
+    """
+    for row in read_rows(file.path):
+        if isinstance(row, UnusableRow):
+            _refuse_bad_row(row, file)
+        elif split is None or split_of(row.prompt, file.validation_fraction) == split:
+            yield row
+
+
+def summarise(file: FeedbackFile) -> FeedbackSummary:
+    """Returns counts and reward statistics from one pass over a feedback file.
+
+    Memory is constant but for 8 bytes a distinct prompt.
+
+    Raises:
+        UsageError: as `read_feedback`; or the file has no rows, too many unusable rows, an empty
+            training split, or rewards that cannot be normalised.
+    """
+    unusable = {"bad": 0, "empty prompt": 0, "empty completion": 0}
+    bad_row_messages: list[str] = []
+    first_unusable = ""
+    rows = {"train": 0, "validation": 0}
+    prompts: dict[str, set[bytes]] = {"train": set(), "validation": set()}
+    mean, squares = 0.0, 0.0
+    low, high = math.inf, -math.inf
+    for row in read_rows(file.path):
+        if isinstance(row, UnusableRow):
+            _refuse_bad_row(row, file)
+            unusable[row.kind] += 1
+            first_unusable = first_unusable or row.message
+            if row.kind == "bad" and len(bad_row_messages) < _BAD_ROW_MESSAGES_KEPT:
+                bad_row_messages.append(row.message)
+            continue
+        split = split_of(row.prompt, file.validation_fraction)
+        rows[split] += 1
+        prompts[split].add(_prompt_digest(row.prompt))
+        low, high = min(low, row.reward), max(high, row.reward)
+        if split == "train":
+            # Welford's recurrence: exact zero for equal rewards, and no cancellation.
+            deviation = row.reward - mean
+            mean += deviation / rows["train"]
+            squares += deviation * (row.reward - mean)
+
+    skipped = sum(unusable.values())
+    total = skipped + rows["train"] + rows["validation"]
+    if not total:
+        raise UsageError(f"{file.path}: the file has no rows; write one JSON object a line")
+    if skipped > file.max_unusable_fraction * total:
+        raise UsageError(
+            f"{file.path}: {skipped} of {total} rows are unusable ({unusable['bad']} bad, "
+            f"{unusable['empty prompt']} with an empty prompt, {unusable['empty completion']} with "
+            f"an empty completion), more than max_unusable_fraction = {file.max_unusable_fraction} "
+            f"allows; correct the file or raise max_unusable_fraction; the first: {first_unusable}"
+        )
+    if not rows["train"]:
+        raise UsageError(
+            f"{file.path}: the training split is empty ({rows['validation']} usable rows, all held "
+            "out for validation); add prompts or set validation_fraction = 0"
+        )
+    statistics = RewardStatistics(mean, math.sqrt(squares / rows["train"]))
+    _check_normalisable(file.path, statistics, rows["train"], low, high)
+    return FeedbackSummary(
+        path=file.path,
+        rows=total,
+        bad_rows=unusable["bad"],
+        bad_row_messages=tuple(bad_row_messages),
+        empty_prompts=unusable["empty prompt"],
+        empty_completions=unusable["empty completion"],
+        train_rows=rows["train"],
+        train_prompts=len(prompts["train"]),
+        validation_rows=rows["validation"],
+        validation_prompts=len(prompts["validation"]),
+        rewards=statistics,
+        min_reward=low,
+        max_reward=high,
+    )
+
+
+class _BadRow(Exception):
+    """What is wrong with a row and how to put it right, without file and line."""
+
+
+def _lines(path: str) -> Iterator[tuple[int, bytes]]:
+    """Yields (line number from 1, bytes) of every line that is not blank."""
+    number = 0
+    try:
+        location = epath.Path(path)
+        if not location.exists():
+            raise UsageError(f"{path}: no such file; check the path of the feedback file")
+        if location.is_dir():
+            raise UsageError(f"{path}: is a directory; name one JSONL file in it")
+        with location.open("rb") as stream:
+            zipped = str(path).endswith(".gz")
+            for number, raw in enumerate(gzip.GzipFile(fileobj=stream) if zipped else stream, 1):
+                if number == 1:
+                    if not zipped and raw.startswith(b"\x1f\x8b"):
+                        raise UsageError(f"{path}: is gzip; give its name the ending .gz")
+                    raw = raw.removeprefix(b"\xef\xbb\xbf")
+                if raw.strip():
+                    yield number, raw
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        if number:
+            raise UsageError(
+                f"{path}: the gzip file is cut off or damaged after line {number}; write it anew"
+            ) from error
+        raise UsageError(
+            f"{path}: is not a gzip file, though its name ends in .gz; rename or compress it"
+        ) from error
+    except OSError as error:
+        raise UsageError(
+            f"{path}: cannot be read ({error.strerror or error}); check the path and permissions"
+        ) from error
+
+
+def _parse(raw: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(raw.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise _BadRow(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
+    except RecursionError as error:
+        raise _BadRow("the JSON is nested too deeply; write one flat object a line") from error
+    except ValueError as error:
+        problem = getattr(error, "msg", "a number has too many digits")
+        raise _BadRow(f"is not JSON ({problem}); write one JSON object a line") from error
+    if not isinstance(fields, dict):
+        raise _BadRow(f"is {_shown(fields)}, not an object; write one JSON object a line")
+    return fields
+
+
+def _text(fields: dict[str, Any], *names: str) -> str:
+    name, value = _only(fields, *names)
+    if not isinstance(value, str):
+        raise _BadRow(f"field '{name}' is {_shown(value)}, not text; write a string")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise _BadRow(
+            f"field '{name}' holds half a surrogate pair, which is no character; remove it"
+        ) from error
+    return value
+
+
+def _reward(fields: dict[str, Any]) -> float:
+    name, value = _only(fields, "reward", "label")
+    if name == "label":
+        label = value
+        if isinstance(value, str):
+            # "thumbs_up" is "up"; an emoji may carry a variation selector.
+            label = value.strip().lower().removeprefix("thumbs").strip(" _-\ufe0f")
+        try:
+            return _LABEL_REWARDS[label]
+        except (KeyError, TypeError) as error:
+            raise _BadRow(
+                f'field \'label\' is {_shown(value)}; write true or false (or 1/0, "up"/"down"), '
+                "or a number in field 'reward'"
+            ) from error
+    if isinstance(value, bool):
+        raise _BadRow(f"field 'reward' is {_shown(value)}, not a number; write it in field 'label'")
+    if not isinstance(value, int | float):
+        raise _BadRow(f"field 'reward' is {_shown(value)}, not a number; write a finite number")
+    # Comparing before float() keeps integers of any size from overflowing; NaN fails it too.
+    if not abs(value) <= _LARGEST_FLOAT32:
+        raise _BadRow(
+            f"field 'reward' is {_shown(value)}, not a finite number of 32 bits; write a finite number"
+        )
+    return float(value)
+
+
+def _only(fields: dict[str, Any], *names: str) -> tuple[str, Any]:
+    """Returns the name and value of the one field given under `names`; null is not given."""
+    given = [name for name in names if fields.get(name) is not None]
+    if len(given) > 1:
+        raise _BadRow(f"fields '{given[0]}' and '{given[1]}' are both given; keep one of them")
+    if not given:
+        state = "null" if any(name in fields for name in names) else "missing"
+        alternatives = "".join(f" (or '{name}')" for name in names[1:])
+        raise _BadRow(f"field '{names[0]}'{alternatives} is {state}; give every row one")
+    return given[0], fields[given[0]]
+
+
+def _shown(value: Any) -> str:
+    """Returns the value as short ASCII JSON, so that a message stays one line."""
+    text = json.dumps(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
+
+
+def _refuse_bad_row(row: UnusableRow, file: FeedbackFile) -> None:
+    if row.kind == "bad" and not file.skip_bad_rows:
+        raise UsageError(f"{row.message}; or set skip_bad_rows = True to count and skip bad rows")
+
+
+def _check_normalisable(
+    path: str, statistics: RewardStatistics, train_rows: int, low: float, high: float
+) -> None:
+    if statistics.std == 0:
+        raise UsageError(
+            f"{path}: field 'reward' is the same ({statistics.mean:.6g}) in all {train_rows} rows of "
+            "the training split (variance 0), so there is nothing to learn; give rows that differ"
+        )
+    furthest = max(abs(statistics.normalise(low)), abs(statistics.normalise(high)))
+    if not furthest <= _LARGEST_FLOAT32:
+        raise UsageError(
+            f"{path}: field 'reward' runs from {low:.6g} to {high:.6g}, too far apart for a standard "
+            f"deviation of {statistics.std:.6g} in the training split; correct the outliers"
+        )
+
+
+def _prompt_digest(prompt: str) -> bytes:
+    # Not hash(): Python salts it, so the split would change from one process to the next.
+    return hashlib.blake2b(prompt.encode("utf-8"), digest_size=8).digest()

@@ -1,0 +1,213 @@
+"""The SeqIO task over a feedback file."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import seqio
+import tensorflow as tf
+
+from dro_jax.data.feedback import (
+    FeedbackFile,
+    RewardStatistics,
+    Split,
+    read_feedback,
+    split_of,
+)
+from dro_jax.errors import UsageError
+
+# Files up to this many rows are shuffled as a whole; a row takes about 8 KB at 512 + 512 tokens.
+_SHUFFLE_BUFFER_SIZE = 16_384
+
+# Rows handed to TensorFlow at once: one by one each costs five times as much.
+_ROWS_A_CHUNK = 128
+
+
+class FeedbackSource(seqio.DataSource):
+    """Streams the usable rows of a feedback file, in file order.
+
+    Examples are {"inputs": string, "targets": string, "rewards": float64 scalar, raw}.
+    """
+
+    def __init__(
+        self, file: FeedbackFile, num_input_examples: Mapping[str, int] | None = None
+    ) -> None:
+        """Reads nothing yet; the number of rows in each split may be given if it is known."""
+        super().__init__(splits=("train", "validation"), num_input_examples=num_input_examples)
+        self.file = file
+
+    @property
+    def supports_arbitrary_sharding(self) -> bool:
+        """False: a text file has no parts that can be read apart."""
+        return False
+
+    def list_shards(self, split: str) -> list[str]:
+        """Returns the one file."""
+        return [self.file.path]
+
+    def get_dataset(
+        self,
+        split: Split = "train",
+        shuffle: bool = True,
+        seed: int | None = None,
+        shard_info: seqio.ShardInfo | None = None,
+        *,
+        sequence_length: Mapping[str, int] | None = None,
+        use_cached: bool = False,
+        num_epochs: int | None = 1,
+    ) -> tf.data.Dataset:
+        """Returns one pass over a split in file order; the task shuffles after tokenising."""
+        if shard_info is not None and shard_info.num_shards > 1:
+            raise ValueError(f"one file cannot be read as {shard_info.num_shards} shards")
+
+        def chunks() -> Iterator[dict[str, Any]]:
+            rows = read_feedback(self.file, split)
+            while chunk := list(itertools.islice(rows, _ROWS_A_CHUNK)):
+                yield {
+                    "inputs": [row.prompt for row in chunk],
+                    "targets": [row.completion for row in chunk],
+                    "rewards": [row.reward for row in chunk],
+                }
+
+        return tf.data.Dataset.from_generator(
+            chunks,
+            output_signature={
+                "inputs": tf.TensorSpec([None], tf.string),
+                "targets": tf.TensorSpec([None], tf.string),
+                "rewards": tf.TensorSpec([None], tf.float64),
+            },
+        ).unbatch()
+
+
+def feedback_task(
+    file: FeedbackFile,
+    *,
+    vocabulary: seqio.Vocabulary,
+    statistics: RewardStatistics,
+    num_input_examples: Mapping[str, int] | None = None,
+    drop_overlong: bool = False,
+    name: str = "feedback",
+) -> seqio.Task:
+    """Returns the task that turns a feedback file into tokens and normalised rewards.
+
+    Features: `inputs` and `targets`, int32 [length], encoded as `encode_prompt` and
+    `encode_completion` do; `rewards`, float32 [1], normalised by `statistics`. Splits: "train" and
+    "validation".
+
+    Args:
+        file: what to read, and how to judge and split it.
+        vocabulary: of prompts and completions alike.
+        statistics: of the training split the model was (or will be) trained on, before any
+            completion is dropped.
+        num_input_examples: rows in each split (`FeedbackSummary.num_input_examples`). Where it is
+            known and small, training tokenises once and keeps the examples in memory.
+        drop_overlong: leave out completions that do not fit, instead of cutting them.
+        name: of the task, unique among those that are cached.
+    """
+    text = seqio.Feature(vocabulary=vocabulary, dtype=tf.int32)
+    return seqio.Task(
+        name,
+        source=FeedbackSource(file, num_input_examples),
+        preprocessors=[
+            functools.partial(_normalise_rewards, statistics=statistics),
+            functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
+            seqio.CacheDatasetPlaceholder(),
+            functools.partial(_append_end, drop_overlong=drop_overlong),
+        ],
+        output_features={
+            "inputs": text,
+            "targets": text,
+            "rewards": seqio.ContinuousFeature(dtype=tf.float32, rank=1),
+        },
+        shuffle_buffer_size=_SHUFFLE_BUFFER_SIZE,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class OverlongCounts:
+    """Usable rows of a file, and how many of them exceed the token limits, in both splits."""
+
+    rows: int
+    prompts: int
+    completions: int
+
+    def describe(self, *, drop_overlong: bool = False) -> str:
+        """Returns the counts as one line for the log."""
+        fate = "dropped" if drop_overlong else "cut"
+        return (
+            f"of {self.rows} rows {self.prompts} prompts are cut to the length limit and "
+            f"{self.completions} completions {fate}"
+        )
+
+
+def count_overlong(
+    file: FeedbackFile,
+    *,
+    vocabulary: seqio.Vocabulary,
+    lengths: Mapping[str, int],
+    drop_overlong: bool = False,
+) -> OverlongCounts:
+    """Counts the texts that do not fit, end of sequence included, by tokenising the file once.
+
+    Args:
+        file: what to read.
+        vocabulary: of prompts and completions.
+        lengths: the token limits of "inputs" and "targets".
+        drop_overlong: whether the task leaves out overlong completions.
+
+    Raises:
+        UsageError: as `read_feedback`; or dropping would leave no row to train on.
+    """
+    rows = prompts = completions = train_rows_left = 0
+    for row in read_feedback(file):
+        rows += 1
+        prompts += len(vocabulary.encode(row.prompt)) >= lengths["inputs"]
+        overlong = len(vocabulary.encode(row.completion)) >= lengths["targets"]
+        completions += overlong
+        if not (drop_overlong and overlong):
+            train_rows_left += split_of(row.prompt, file.validation_fraction) == "train"
+    if not train_rows_left:
+        raise UsageError(
+            f"{file.path}: no training row has a completion within {lengths['targets']} tokens; "
+            "raise the limit of targets or set drop_overlong = False"
+        )
+    return OverlongCounts(rows, prompts, completions)
+
+
+def _normalise_rewards(dataset: tf.data.Dataset, statistics: RewardStatistics) -> tf.data.Dataset:
+    """Turns the raw float64 reward [] into normalised float32 rewards [1]."""
+
+    def normalise(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        # In float64, so that 1e9 + 0.1 and 1e9 + 0.2 stay apart.
+        reward = statistics.normalise(example["rewards"])
+        return {**example, "rewards": tf.cast(reward, tf.float32)[tf.newaxis]}
+
+    return dataset.map(normalise)
+
+
+def _append_end(
+    dataset: tf.data.Dataset,
+    output_features: Mapping[str, seqio.Feature],
+    sequence_length: Mapping[str, int] | None,
+    drop_overlong: bool,
+) -> tf.data.Dataset:
+    """Appends the end of sequence as `encode_prompt` and `encode_completion` do.
+
+    SeqIO cuts every feature to its limit after the last preprocessor, so targets need no cut here.
+    """
+    end = [output_features["inputs"].vocabulary.eos_id]
+
+    def append(example: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        inputs = example["inputs"]
+        if sequence_length is not None:
+            inputs = inputs[: sequence_length["inputs"] - 1]
+        targets = tf.concat([example["targets"], end], axis=0)
+        return {**example, "inputs": tf.concat([inputs, end], axis=0), "targets": targets}
+
+    dataset = dataset.map(append, num_parallel_calls=tf.data.AUTOTUNE)
+    if sequence_length is not None and drop_overlong:
+        limit = sequence_length["targets"]
+        dataset = dataset.filter(lambda example: tf.size(example["targets"]) <= limit)
+    return dataset
