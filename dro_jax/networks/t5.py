@@ -1,0 +1,478 @@
+"""T5 in Flax linen: version 1.0 (ReLU, tied and scaled logits), 1.1 and FLAN (gated GELU, untied logits).
+
+Parameter names, kernel shapes and logical axis names are those of T5X, so that a checkpoint of either reads
+as the other's: `encoder/layers_0/attention/query/kernel [embed, heads * head_dim]` and so on. Every row may
+hold several packed examples: attention stays inside a segment.
+
+Letters in shapes: B rows, Ti encoder positions, To decoder positions, N examples a row, E embedding, H heads,
+D head dimension, V vocabulary, L longest decoded sequence.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+
+Array = jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class T5Config:
+    """Shape of a T5, in T5X's words.
+
+    Attributes:
+      vocab_size: rows of the embedding table, padding included.
+      emb_dim: width of the residual stream.
+      num_heads: attention heads.
+      head_dim: width of one head.
+      mlp_dim: hidden width of the feed-forward layers.
+      num_encoder_layers: encoder depth.
+      num_decoder_layers: decoder depth.
+      mlp_activations: ("gelu", "linear") is the gated layer of 1.1 and FLAN, ("relu",) that of 1.0.
+      logits_via_embedding: whether the logits reuse the embedding table, scaled by 1/sqrt(emb_dim), as in 1.0.
+      relative_buckets: number of relative-position buckets.
+      relative_max_distance: distance from which on all positions share the last bucket.
+      dtype: compute type, "float32" or "bfloat16"; "auto" is float32 on CPU and bfloat16 elsewhere.
+        Parameters, softmax and logits are float32 whatever it is.
+    """
+
+    vocab_size: int
+    emb_dim: int
+    num_heads: int
+    head_dim: int
+    mlp_dim: int
+    num_encoder_layers: int
+    num_decoder_layers: int
+    mlp_activations: tuple[str, ...] = ("gelu", "linear")
+    logits_via_embedding: bool = False
+    relative_buckets: int = 32
+    relative_max_distance: int = 128
+    dtype: str = "auto"
+
+    @property
+    def compute_dtype(self) -> Any:
+        """The type that `dtype` stands for on this machine."""
+        if self.dtype == "auto":
+            return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+        return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[self.dtype]
+
+    def architecture(self) -> dict[str, Any]:
+        """Everything that parameters depend on, JSON-ready: a checkpoint belongs to the model it agrees with."""
+        fields = dataclasses.asdict(self)
+        del fields["dtype"]
+        return fields | {"mlp_activations": list(self.mlp_activations)}
+
+
+def relative_position_bucket(
+    relative_position: Array, *, bidirectional: bool, num_buckets: int, max_distance: int
+) -> Array:
+    """Bucket of each relative position (T5, arXiv 1910.10683, section 2.1).
+
+    Half of the buckets are for single distances, the other half grows logarithmically up to `max_distance`.
+
+    Args:
+      relative_position: key position minus query position, int32 of any shape.
+      bidirectional: whether positions after the query have buckets of their own (the encoder).
+      num_buckets: number of buckets, both directions together.
+      max_distance: distance from which on the last bucket is used.
+
+    Returns:
+      Bucket numbers, int32, of the shape of `relative_position`.
+    """
+    offset = jnp.zeros_like(relative_position)
+    if bidirectional:
+        num_buckets //= 2
+        offset = jnp.where(relative_position > 0, num_buckets, 0)
+        distance = jnp.abs(relative_position)
+    else:
+        distance = jnp.maximum(-relative_position, 0)
+    # A table made by NumPy: an accelerator's logarithm and division may round across a bucket's edge.
+    # Every distance from max_distance on has the last bucket.
+    exact = num_buckets // 2
+    table = np.arange(max_distance + 1)
+    scaled = np.log(np.maximum(table, 1) / exact) / np.log(max_distance / exact)
+    large = exact + (scaled * (num_buckets - exact) + 1e-6).astype(np.int32)
+    table = np.where(table < exact, table, np.minimum(large, num_buckets - 1))
+    return offset + jnp.asarray(table, jnp.int32)[jnp.minimum(distance, max_distance)]
+
+
+def segment_mask(query_segments: Array, key_segments: Array) -> Array:
+    """Which keys [B, S] each query [B, T] may see: those of its own segment; 0 is padding. Bool [B, 1, T, S]."""
+    same = query_segments[:, :, None] == key_segments[:, None, :]
+    return (same & (key_segments > 0)[:, None, :])[:, None, :, :]
+
+
+def parameter(
+    module: nn.Module,
+    name: str,
+    init: Callable[..., Any],
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+) -> Array:
+    """A float32 parameter of `module` that carries the logical names of its axes."""
+    return cast(
+        Array, module.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+    )
+
+
+class Dense(nn.Module):
+    """Linear map without bias; the kernel is 2-D and named by two logical axes."""
+
+    features: int
+    axes: tuple[str, str]
+    dtype: Any
+    init_scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps [..., in] to [..., features]."""
+        init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "truncated_normal")
+        kernel = parameter(self, "kernel", init, (x.shape[-1], self.features), self.axes)
+        return x.astype(self.dtype) @ kernel.astype(self.dtype)
+
+
+class RMSNorm(nn.Module):
+    """T5's layer norm: no mean, no bias; computed in float32."""
+
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Normalises [..., E] over its last axis."""
+        scale = parameter(self, "scale", nn.initializers.ones_init(), (x.shape[-1],), ("embed",))
+        x = x.astype(jnp.float32)
+        x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
+        return (x * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)
+
+
+class Embedding(nn.Module):
+    """The token table, also the output layer where logits are tied."""
+
+    config: T5Config
+
+    def setup(self) -> None:
+        """Declares the table."""
+        shape = (self.config.vocab_size, self.config.emb_dim)
+        init = nn.initializers.normal(1.0)
+        self.embedding = parameter(self, "embedding", init, shape, ("vocab", "embed"))
+
+    def __call__(self, tokens: Array) -> Array:
+        """Looks up tokens [B, T]: [B, T, E]."""
+        # A gather: the one-hot product costs a third of a small model's step on CPU.
+        return jnp.take(self.embedding, tokens, axis=0).astype(self.config.compute_dtype)
+
+    def attend(self, x: Array) -> Array:
+        """Logits [..., V] of states [..., E] against the table, float32."""
+        dtype = self.config.compute_dtype
+        table = self.embedding.astype(dtype)
+        return jnp.einsum("...e,ve->...v", x, table, preferred_element_type=jnp.float32)
+
+
+class RelativeBias(nn.Module):
+    """Learnt attention bias by bucketed distance, one table for all layers of a stack."""
+
+    config: T5Config
+    bidirectional: bool
+
+    @nn.compact
+    def __call__(self, query_positions: Array, key_positions: Array) -> Array:
+        """Bias [1, H, T, S] for positions [T] and [S]."""
+        config = self.config
+        buckets = relative_position_bucket(
+            key_positions[None, :] - query_positions[:, None],
+            bidirectional=self.bidirectional,
+            num_buckets=config.relative_buckets,
+            max_distance=config.relative_max_distance,
+        )
+        init = nn.initializers.variance_scaling(1.0, "fan_avg", "uniform")
+        shape = (config.num_heads, config.relative_buckets)
+        table = parameter(self, "rel_embedding", init, shape, ("heads", "relpos_buckets"))
+        return jnp.take(table, buckets, axis=1)[None]
+
+
+class Attention(nn.Module):
+    """Multi-head attention without the 1/sqrt(head_dim), which T5 leaves to the initial query kernel."""
+
+    config: T5Config
+
+    def setup(self) -> None:
+        """Declares the four projections."""
+        config = self.config
+        width = config.num_heads * config.head_dim
+        dtype = config.compute_dtype
+        self.query = Dense(width, ("embed", "joined_kv"), dtype, init_scale=1.0 / config.head_dim)
+        self.key = Dense(width, ("embed", "joined_kv"), dtype)
+        self.value = Dense(width, ("embed", "joined_kv"), dtype)
+        self.out = Dense(config.emb_dim, ("joined_kv", "embed"), dtype)
+
+    def keys_values(self, x: Array) -> tuple[Array, Array]:
+        """Keys and values [B, S, H, D] of the attended states [B, S, E]."""
+        shape = (*x.shape[:-1], self.config.num_heads, self.config.head_dim)
+        return self.key(x).reshape(shape), self.value(x).reshape(shape)
+
+    def __call__(
+        self, x: Array, keys: Array, values: Array, *, bias: Array | None, mask: Array
+    ) -> Array:
+        """Attends from [B, T, E]; bias [1, H, T, S] and mask [B, 1, T, S] (True: may look). [B, T, E]."""
+        shape = (*x.shape[:-1], self.config.num_heads, self.config.head_dim)
+        query = self.query(x).reshape(shape)
+        # Rows with every key masked come out uniform and finite.
+        attended = jax.nn.dot_product_attention(
+            query, keys, values, bias=bias, mask=mask, scale=1.0, implementation="xla"
+        )
+        return self.out(attended.reshape(*x.shape[:-1], -1))
+
+
+class MLP(nn.Module):
+    """Feed-forward layer, gated when `mlp_activations` names two functions."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Maps [B, T, E] to itself."""
+        config = self.config
+        functions = {"gelu": nn.gelu, "relu": nn.relu, "linear": lambda y: y}
+        branches = []
+        for i, name in enumerate(config.mlp_activations):
+            layer = "wi" if len(config.mlp_activations) == 1 else f"wi_{i}"
+            dense = Dense(config.mlp_dim, ("embed", "mlp"), config.compute_dtype, name=layer)
+            branches.append(functions[name](dense(x)))
+        hidden = branches[0] if len(branches) == 1 else branches[0] * branches[1]
+        return Dense(config.emb_dim, ("mlp", "embed"), config.compute_dtype, name="wo")(hidden)
+
+
+class EncoderLayer(nn.Module):
+    """Self-attention and feed-forward, each normalised before and added after."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x: Array, bias: Array, mask: Array) -> Array:
+        """Maps [B, Ti, E] to itself."""
+        dtype = self.config.compute_dtype
+        y = RMSNorm(dtype, name="pre_attention_layer_norm")(x)
+        attention = Attention(self.config, name="attention")
+        x = x + attention(y, *attention.keys_values(y), bias=bias, mask=mask)
+        y = RMSNorm(dtype, name="pre_mlp_layer_norm")(x)
+        return x + MLP(self.config, name="mlp")(y)
+
+
+class Encoder(nn.Module):
+    """The encoder stack."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, x: Array, segment_ids: Array) -> Array:
+        """Encodes embedded tokens [B, Ti, E] with segment ids [B, Ti], 0 for padding."""
+        config = self.config
+        positions = jnp.arange(x.shape[1])
+        bias = RelativeBias(config, bidirectional=True, name="relpos_bias")(positions, positions)
+        mask = segment_mask(segment_ids, segment_ids)
+        for i in range(config.num_encoder_layers):
+            x = EncoderLayer(config, name=f"layers_{i}")(x, bias, mask)
+        return RMSNorm(config.compute_dtype, name="encoder_norm")(x)
+
+
+class DecoderLayer(nn.Module):
+    """Self-attention, attention to the encoder, feed-forward."""
+
+    config: T5Config
+
+    def setup(self) -> None:
+        """Declares the sublayers under T5X's names."""
+        dtype = self.config.compute_dtype
+        self.pre_self_attention_layer_norm = RMSNorm(dtype)
+        self.self_attention = Attention(self.config)
+        self.pre_cross_attention_layer_norm = RMSNorm(dtype)
+        self.encoder_decoder_attention = Attention(self.config)
+        self.pre_mlp_layer_norm = RMSNorm(dtype)
+        self.mlp = MLP(self.config)
+
+    def __call__(
+        self, x: Array, encoded: Array, bias: Array, mask: Array, cross_mask: Array
+    ) -> Array:
+        """Maps [B, To, E] to itself, reading encoder states [B, Ti, E]."""
+        y = self.pre_self_attention_layer_norm(x)
+        x = x + self.self_attention(y, *self.self_attention.keys_values(y), bias=bias, mask=mask)
+        return self._cross_and_mlp(x, *self.cross_keys_values(encoded), cross_mask)
+
+    def cross_keys_values(self, encoded: Array) -> tuple[Array, Array]:
+        """Keys and values [B, Ti, H, D] of the encoder states, the same at every decoding step."""
+        return self.encoder_decoder_attention.keys_values(encoded)
+
+    def decode_step(
+        self,
+        x: Array,
+        cache: dict[str, Array],
+        index: Array,
+        bias: Array,
+        mask: Array,
+        cross_mask: Array,
+    ) -> tuple[Array, dict[str, Array]]:
+        """One position [B, 1, E] against the cached keys and values; returns it and the grown cache."""
+        y = self.pre_self_attention_layer_norm(x)
+        new_key, new_value = self.self_attention.keys_values(y)
+        keys = jax.lax.dynamic_update_slice_in_dim(cache["key"], new_key, index, axis=1)
+        values = jax.lax.dynamic_update_slice_in_dim(cache["value"], new_value, index, axis=1)
+        x = x + self.self_attention(y, keys, values, bias=bias, mask=mask)
+        x = self._cross_and_mlp(x, cache["cross_key"], cache["cross_value"], cross_mask)
+        return x, cache | {"key": keys, "value": values}
+
+    def _cross_and_mlp(self, x: Array, keys: Array, values: Array, cross_mask: Array) -> Array:
+        y = self.pre_cross_attention_layer_norm(x)
+        x = x + self.encoder_decoder_attention(y, keys, values, bias=None, mask=cross_mask)
+        return x + self.mlp(self.pre_mlp_layer_norm(x))
+
+
+class OutputLayer(nn.Module):
+    """Untied logits, accumulated in float32."""
+
+    config: T5Config
+
+    @nn.compact
+    def __call__(self, states: Array) -> Array:
+        """Maps [..., E] to float32 [..., V]."""
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
+        shape = (self.config.emb_dim, self.config.vocab_size)
+        kernel = parameter(self, "kernel", init, shape, ("embed", "vocab"))
+        kernel = kernel.astype(self.config.compute_dtype)
+        return jnp.einsum("...e,ev->...v", states, kernel, preferred_element_type=jnp.float32)
+
+
+class Decoder(nn.Module):
+    """The decoder stack, over whole sequences or one position at a time with a cache."""
+
+    config: T5Config
+
+    def setup(self) -> None:
+        """Declares the layers, one relative bias for all of them, the last norm and untied logits."""
+        config = self.config
+        self.relpos_bias = RelativeBias(config, bidirectional=False)
+        self.layers = [DecoderLayer(config) for _ in range(config.num_decoder_layers)]
+        self.decoder_norm = RMSNorm(config.compute_dtype)
+        # Here because T5X has it under `decoder/`; where it is never called (the value network, tied
+        # logits) it has no parameter.
+        self.logits_dense = OutputLayer(config)
+
+    def __call__(
+        self, x: Array, encoded: Array, segment_ids: Array, encoder_segment_ids: Array
+    ) -> Array:
+        """States [B, To, E] of embedded decoder inputs [B, To, E]; each position sees its segment's past."""
+        positions = jnp.arange(x.shape[1])
+        bias = self.relpos_bias(positions, positions)
+        causal = (positions[None, :] <= positions[:, None])[None, None]
+        mask = segment_mask(segment_ids, segment_ids) & causal
+        cross_mask = segment_mask(segment_ids, encoder_segment_ids)
+        for layer in self.layers:
+            x = layer(x, encoded, bias, mask, cross_mask)
+        return self.decoder_norm(x)
+
+    def logits(self, states: Array) -> Array:
+        """Untied logits float32 [..., V] of states [..., E]."""
+        return self.logits_dense(states)
+
+    def init_cache(self, encoded: Array, max_length: int) -> list[dict[str, Array]]:
+        """Empty caches [B, L, H, D], one a layer, with the encoder's keys and values beside them."""
+        config = self.config
+        shape = (encoded.shape[0], max_length, config.num_heads, config.head_dim)
+        caches = []
+        for layer in self.layers:
+            cross_key, cross_value = layer.cross_keys_values(encoded)
+            empty = jnp.zeros(shape, config.compute_dtype)
+            caches.append(
+                {"key": empty, "value": empty, "cross_key": cross_key, "cross_value": cross_value}
+            )
+        return caches
+
+    def decode_step(
+        self, x: Array, caches: list[dict[str, Array]], index: Array, encoder_segment_ids: Array
+    ) -> tuple[Array, list[dict[str, Array]]]:
+        """State [B, 1, E] of position `index` (a scalar) and the caches with it added."""
+        key_positions = jnp.arange(caches[0]["key"].shape[1])
+        bias = self.relpos_bias(index[None], key_positions)
+        mask = (key_positions <= index)[None, None, None, :]
+        cross_mask = segment_mask(jnp.ones((x.shape[0], 1), jnp.int32), encoder_segment_ids)
+        grown = []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, cache = layer.decode_step(x, cache, index, bias, mask, cross_mask)
+            grown.append(cache)
+        return self.decoder_norm(x), grown
+
+
+class T5(nn.Module):
+    """The policy (and the reference): an encoder-decoder language model."""
+
+    config: T5Config
+
+    def setup(self) -> None:
+        """Declares the shared embedding and both stacks."""
+        self.token_embedder = Embedding(self.config)
+        self.encoder = Encoder(self.config)
+        self.decoder = Decoder(self.config)
+
+    def __call__(
+        self,
+        encoder_input_tokens: Array,
+        decoder_input_tokens: Array,
+        encoder_segment_ids: Array | None = None,
+        decoder_segment_ids: Array | None = None,
+    ) -> Array:
+        """Logits of every decoder position.
+
+        Args:
+          encoder_input_tokens: int32 [B, Ti], 0 is padding.
+          decoder_input_tokens: int32 [B, To], the targets shifted right behind the start token 0.
+          encoder_segment_ids: int32 [B, Ti] when packed, the k-th example's tokens holding k + 1.
+          decoder_segment_ids: int32 [B, To], likewise.
+
+        Returns:
+          float32 [B, To, V].
+        """
+        segments = encoder_segments(encoder_input_tokens, encoder_segment_ids)
+        encoded = self.encode(encoder_input_tokens, segments)
+        if decoder_segment_ids is None:
+            decoder_segment_ids = jnp.ones_like(decoder_input_tokens)
+        embedded = self.token_embedder(decoder_input_tokens)
+        states = self.decoder(embedded, encoded, decoder_segment_ids, segments)
+        return self.logits(states)
+
+    def encode(
+        self, encoder_input_tokens: Array, encoder_segment_ids: Array | None = None
+    ) -> Array:
+        """Encoder states [B, Ti, E]."""
+        segments = encoder_segments(encoder_input_tokens, encoder_segment_ids)
+        return self.encoder(self.token_embedder(encoder_input_tokens), segments)
+
+    def logits(self, states: Array) -> Array:
+        """Logits float32 [..., V] of decoder states [..., E]."""
+        if self.config.logits_via_embedding:
+            return self.token_embedder.attend(states * self.config.emb_dim**-0.5)
+        return self.decoder.logits(states)
+
+    def init_cache(self, encoder_input_tokens: Array, max_length: int) -> list[dict[str, Array]]:
+        """Encodes the prompts [B, Ti] and makes room for `max_length` decoded positions."""
+        return self.decoder.init_cache(self.encode(encoder_input_tokens), max_length)
+
+    def decode_step(
+        self,
+        tokens: Array,
+        caches: list[dict[str, Array]],
+        index: Array,
+        encoder_input_tokens: Array,
+    ) -> tuple[Array, list[dict[str, Array]]]:
+        """Logits [B, V] after the token [B] at position `index`, and the grown caches."""
+        segments = encoder_segments(encoder_input_tokens, None)
+        embedded = self.token_embedder(tokens[:, None])
+        states, caches = self.decoder.decode_step(embedded, caches, index, segments)
+        return self.logits(states)[:, 0], caches
+
+
+def encoder_segments(tokens: Array, segment_ids: Array | None) -> Array:
+    """The given segment ids, or one segment of all tokens that are not padding. int32 [B, Ti]."""
+    return (tokens > 0).astype(jnp.int32) if segment_ids is None else segment_ids
