@@ -1,0 +1,1 @@
+"""The `dro_jax` command: it puts data, training and evaluation together."""

@@ -1,0 +1,79 @@
+"""What the person at the terminal sees: log lines and progress bars."""
+
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskProgressColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+class _ConsoleHandler(logging.Handler):
+    """Prints records through the console, so that a progress bar stays below them."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
+        console.print(prefix + self.format(record), markup=False)
+
+
+def configure_logging() -> None:
+    """Sends warnings of all libraries to the console, and messages of ours."""
+    logging.basicConfig(
+        level=logging.WARNING, handlers=[_ConsoleHandler()], format="%(message)s", force=True
+    )
+    logging.getLogger("dro_jax").setLevel(logging.INFO)
+
+
+def start_tensorflow() -> None:
+    """Imports TensorFlow and leaves it the CPU, without its remarks about accelerators it is not to use."""
+    sys.stderr.flush()
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as remarks:
+        # They are written by C++ before Python could turn them off.
+        os.dup2(remarks.fileno(), 2)
+        try:
+            import tensorflow as tf
+
+            tf.config.set_visible_devices([], "GPU")
+        except BaseException:
+            remarks.seek(0)
+            os.write(stderr, remarks.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
+@contextmanager
+def progress_bar(description: str, total: int) -> Iterator[Progress]:
+    """A bar with the time left; `progress.update(progress.task_ids[0], completed=n)` moves it."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console, transient=True) as progress:
+        progress.add_task(description, total=total)
+        yield progress
+
+
+def format_metrics(metrics: Mapping[str, float], names: Mapping[str, str]) -> str:
+    """One line of those metrics that are there, under short names."""
+    return "  ".join(f"{short} {metrics[n]:.4g}" for n, short in names.items() if n in metrics)

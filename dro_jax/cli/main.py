@@ -1,0 +1,181 @@
+"""The `dro_jax` command and its subcommands."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import dro_jax
+from dro_jax.errors import DivergenceError, UsageError
+
+if TYPE_CHECKING:
+    from dro_jax.cli.train import Interrupted
+
+EXIT_DIVERGED = 1
+EXIT_USAGE = 2
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: everything is saved, the same command goes on.
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command; returns its exit code: 0, 1 diverged, 2 bad input, 75 stopped early and saved."""
+    plain, bindings = _split_gin_bindings(sys.argv[1:] if arguments is None else arguments)
+    parsed = _parser().parse_args(plain)
+    try:
+        if parsed.command == "train":
+            return _train(parsed, bindings)
+        if bindings:
+            raise UsageError(f"--gin.{bindings[0]}: only `dro_jax train` takes gin flags")
+        return _demo(parsed) if parsed.command == "demo" else _generate(parsed)
+    except UsageError as error:
+        print(f"dro_jax: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except DivergenceError as error:
+        print(f"dro_jax: {error}", file=sys.stderr)
+        return EXIT_DIVERGED
+    except KeyboardInterrupt:
+        print("dro_jax: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dro_jax",
+        description="Align T5 models from plain feedback: Direct Reward Optimisation (arXiv 2405.19107).",
+    )
+    parser.add_argument("--version", action="version", version=f"dro_jax {dro_jax.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo", help="the whole road in minutes, on made-up data with a known optimum"
+    )
+    demo.add_argument(
+        "--workdir",
+        default="dro_jax_demo",
+        help="where everything is written (default: %(default)s)",
+    )
+
+    train = commands.add_parser(
+        "train",
+        help="train on a feedback file; the same command goes on after an interruption",
+        epilog="Any setting of the gin files: --gin.NAME=VALUE, strings with quotes of their own, as in "
+        "--gin.FEEDBACK_FILE=\"'my.jsonl'\" --gin.MODEL_DIR=\"'out'\" --gin.TRAIN_STEPS=1000.",
+    )
+    train.add_argument(
+        "--gin_file",
+        action="append",
+        required=True,
+        help="a gin file, such as runs/dro_v_tiny.gin; repeatable",
+    )
+    train.add_argument(
+        "--gin_search_paths",
+        action="append",
+        default=[],
+        help="a folder to look for gin files in; repeatable",
+    )
+
+    generate = commands.add_parser(
+        "generate", help="complete prompts with a trained policy, as JSONL"
+    )
+    generate.add_argument(
+        "--checkpoint", required=True, help="MODEL_DIR of a run, or one checkpoint_<step> in it"
+    )
+    generate.add_argument(
+        "--prompts",
+        default="-",
+        help="text with a prompt a line, or .jsonl with a field prompt; - is stdin (default)",
+    )
+    generate.add_argument("--output", default="-", help="file to write; - is stdout (default)")
+    generate.add_argument(
+        "--max_tokens", type=int, help="longest completion (default: the run's targets length)"
+    )
+    generate.add_argument(
+        "--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)"
+    )
+    generate.add_argument("--top_k", type=int, default=0, help="0 is off (default)")
+    generate.add_argument("--top_p", type=float, default=1.0, help="1 is off (default)")
+    generate.add_argument(
+        "--seed", type=int, default=0, help="same seed, same text (default: %(default)s)"
+    )
+    generate.add_argument(
+        "--batch_size",
+        type=int,
+        default=32,
+        help="prompts at a time; changes no text (default: %(default)s)",
+    )
+    return parser
+
+
+def _split_gin_bindings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Separates `--gin.NAME=VALUE`, T5X's way of binding, from the flags that argparse knows."""
+    plain, bindings = [], []
+    for argument in arguments:
+        if argument.startswith("--gin."):
+            name, equals, value = argument.removeprefix("--gin.").partition("=")
+            if not equals:
+                print(f"dro_jax: {argument}: write --gin.NAME=VALUE", file=sys.stderr)
+                raise SystemExit(EXIT_USAGE)
+            bindings.append(f"{name} = {value}")
+        else:
+            plain.append(argument)
+    return plain, bindings
+
+
+# The subcommands import what they need when they run: TensorFlow alone takes seconds.
+
+
+def _train(parsed: argparse.Namespace, bindings: list[str]) -> int:
+    from dro_jax.cli import configuration
+
+    _start_console()
+    from dro_jax.cli import train
+
+    configuration.load(parsed.gin_file, bindings, parsed.gin_search_paths)
+    return _finish(configuration.bound(train.train)())
+
+
+def _demo(parsed: argparse.Namespace) -> int:
+    _start_console()
+    from dro_jax.cli import demo
+
+    return _finish(demo.run(parsed.workdir))
+
+
+def _start_console() -> None:
+    from dro_jax.cli import console, host_memory
+
+    host_memory.keep_freed_memory()
+    console.configure_logging()
+    console.start_tensorflow()
+
+
+def _finish(interrupted: "Interrupted | None") -> int:
+    if interrupted is None:
+        return 0
+    print(
+        f"dro_jax: {interrupted.signal} at step {interrupted.step}: saved; "
+        "the same command goes on from there",
+        file=sys.stderr,
+    )
+    return EXIT_INTERRUPTED
+
+
+def _generate(parsed: argparse.Namespace) -> int:
+    _start_console()
+    from dro_jax.cli import generate
+
+    generate.run(
+        checkpoint=parsed.checkpoint,
+        prompts=parsed.prompts,
+        output=parsed.output,
+        max_tokens=parsed.max_tokens,
+        temperature=parsed.temperature,
+        top_k=parsed.top_k,
+        top_p=parsed.top_p,
+        seed=parsed.seed,
+        batch_size=parsed.batch_size,
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

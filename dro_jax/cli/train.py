@@ -1,0 +1,309 @@
+"""`dro_jax train`: one run, from a feedback file to checkpoints."""
+
+import dataclasses
+import hashlib
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from clu import metric_writers
+from etils import epath
+
+from dro_jax.cli import configuration
+from dro_jax.cli.console import console, format_metrics, progress_bar
+from dro_jax.data.batches import evaluation_batches, train_batches
+from dro_jax.data.feedback import FeedbackFile, RewardStatistics, summarise
+from dro_jax.data.tasks import count_overlong, feedback_task
+from dro_jax.data.vocabulary import check_vocabulary_fits, load_vocabulary
+from dro_jax.errors import UsageError
+from dro_jax.networks import T5Config
+from dro_jax.training import checkpoints, loop, partitioning, step, train_state
+from dro_jax.training.algorithms import Algorithm, Examples
+from dro_jax.training.optimizers import Adafactor
+
+logger = logging.getLogger(__name__)
+
+TERMINAL_METRICS = {
+    "loss/sft": "loss",
+    "loss/dro": "loss",
+    "loss/policy": "policy",
+    "loss/value": "value",
+    "loss/constant": "best constant",
+    "kl/log_ratio_mean": "log-ratio",
+    "value/explained_variance": "explained",
+    "reward/log_ratio_correlation": "correlation",
+    "data/padding_fraction": "padding",
+    "speed/examples_per_second": "examples/s",
+    "speed/tokens_per_second": "tokens/s",
+}
+
+STATISTICS = "reward_statistics.json"
+REFERENCE = "reference"
+VOCABULARY = "vocabulary.model"
+"""Names inside MODEL_DIR."""
+
+STEP_0_SPREAD = 0.05
+"""Nats by which log pi and log pi_ref may differ before the first update, when they are the same weights."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Interrupted:
+    """A run that stopped early because it was asked to; everything is saved."""
+
+    step: int
+    signal: str
+
+
+def train(
+    *,
+    model_dir: str,
+    feedback: FeedbackFile,
+    model: T5Config,
+    algorithm: Algorithm,
+    optimizer: Adafactor,
+    lengths: Mapping[str, int],
+    num_steps: int,
+    batch_size: int,
+    init_checkpoint: str | None = None,
+    vocabulary_file: str | None = None,
+    drop_overlong: bool = False,
+    seed: int = 0,
+    periods: loop.Periods,
+    keep_last: int = 3,
+    keep_every: int | None = None,
+    rules: partitioning.Partitioning,
+) -> Interrupted | None:
+    """Trains a method on a feedback file, going on where `model_dir` left off.
+
+    Args:
+      model_dir: folder of the run: checkpoint_<step>/, reference/, train/ and training_eval/ (TensorBoard),
+        config.gin, reward_statistics.json.
+      feedback: the file, and how to judge and split it.
+      model: shape of policy, reference and value network.
+      algorithm: the method.
+      optimizer: its optimiser.
+      lengths: most tokens of "inputs" and "targets".
+      num_steps: optimiser steps of the whole run.
+      batch_size: rows a step, over all devices.
+      init_checkpoint: a run or checkpoint whose policy is the reference and the start; None for random
+        weights.
+      vocabulary_file: a SentencePiece model; None for bytes.
+      drop_overlong: leave out completions over the limit instead of cutting them.
+      seed: of initialisation and data order.
+      periods: how often to log, evaluate and save.
+      keep_last: newest checkpoints to keep.
+      keep_every: keep checkpoints at multiples of this for ever; None keeps only the newest.
+      rules: mesh and sharding.
+
+    Returns:
+      None when the run is complete, else what interrupted it.
+
+    Raises:
+      UsageError: for anything wrong with files or settings, before anything is compiled or written.
+      DivergenceError: for a loss or gradient that is not finite.
+    """
+    # 1. Everything a person can have got wrong, before anything is written or compiled.
+    directory = epath.Path(model_dir)
+    mesh = rules.mesh()
+    partitioning.check_batch_size(mesh, batch_size)
+    vocabulary = load_vocabulary(vocabulary_file)
+    check_vocabulary_fits(vocabulary, model.vocab_size)
+    summary = summarise(feedback)
+    overlong = count_overlong(
+        feedback, vocabulary=vocabulary, lengths=lengths, drop_overlong=drop_overlong
+    )
+    meta = {
+        "model": model.architecture(),
+        "vocabulary": vocabulary_digest(vocabulary_file),
+        "algorithm": algorithm.name,
+        "lengths": dict(lengths),
+    }
+    transforms = optimizer.transforms()
+    layout = train_state.make_layout(
+        model, transforms, has_value=algorithm.has_value, mesh=mesh, rules=rules
+    )
+    state, reference = restore(directory, layout, algorithm, init_checkpoint, meta)
+    make_directory(directory)
+    for line in (*summary.describe().splitlines(), overlong.describe(drop_overlong=drop_overlong)):
+        console.print(line)
+
+    # 2. The state: restored, or started from the reference.
+    if state is None:
+        if reference is None:
+            reference = train_state.init_reference(model, seed, layout)
+            if algorithm.has_reference:
+                logger.warning(
+                    "no INIT_CHECKPOINT: the reference has random weights, which suits a trial only"
+                )
+        state = train_state.init_state(model, transforms, reference, seed, layout)
+        summary.rewards.save_json(directory / STATISTICS)
+        if algorithm.has_reference:
+            checkpoints.save_policy(directory / REFERENCE, reference, meta)
+    if not algorithm.has_reference:
+        reference = None
+    first_step = int(state.step)
+    if first_step >= num_steps:
+        console.print(f"{directory}: already at step {first_step} of {num_steps}")
+        return None
+    if first_step:
+        console.print(f"{directory}: goes on from step {first_step}")
+
+    # 3. The data. A resumed run keeps the reward statistics that it began with.
+    task = feedback_task(
+        feedback,
+        vocabulary=vocabulary,
+        statistics=RewardStatistics.load_json(directory / STATISTICS),
+        num_input_examples=summary.num_input_examples,
+        drop_overlong=drop_overlong,
+    )
+
+    # 4. What lies beside the checkpoints.
+    if vocabulary_file is not None:
+        epath.Path(vocabulary_file).copy(directory / VOCABULARY, overwrite=True)
+    configuration.save_operative(directory / "config.gin")
+    writer = metric_writers.SummaryWriter(str(directory / "train"))
+    held_out_writer = metric_writers.SummaryWriter(str(directory / "training_eval"))
+    manager = checkpoints.open_manager(directory, keep_last=keep_last, keep_every=keep_every)
+
+    # 5. Training.
+    def log(done: int, metrics: loop.Scalars) -> None:
+        writer.write_scalars(done, metrics)
+        console.print(f"step {done}/{num_steps}  {format_metrics(metrics, TERMINAL_METRICS)}")
+        spread = metrics.get("kl/log_ratio_std", 0.0)
+        if done == 1:
+            console.print(f"log-ratio at step 0: standard deviation {spread:.2g} nats")
+            if spread > STEP_0_SPREAD:
+                logger.warning(
+                    "policy and reference are the same weights, yet their log-probabilities differ by "
+                    "%.2g nats: raise the compute precision (T5Config.dtype)",
+                    spread,
+                )
+
+    evaluation_step = step.make_evaluation_step(model, algorithm, layout)
+    batch_sharding = partitioning.batch_sharding(mesh)
+
+    def evaluate(done: int, state: train_state.TrainState) -> None:
+        if not summary.validation_rows:
+            return
+        batches = evaluation_batches(
+            task, split="validation", lengths=lengths, batch_size=batch_size
+        )
+        arrays = [
+            jax.device_get(evaluation_step(state, reference, loop.to_devices(b, batch_sharding)))
+            for b in batches
+        ]
+        metrics = held_out_metrics(algorithm, jax.tree.map(lambda *x: np.concatenate(x), *arrays))
+        held_out_writer.write_scalars(done, metrics)
+        console.print(f"held out, step {done}  {format_metrics(metrics, TERMINAL_METRICS)}")
+
+    stop = loop.StopRequest()
+    with (
+        stop.listening(),
+        progress_bar(f"{algorithm.name} training", num_steps) as progress,
+    ):
+        state = loop.train(
+            state,
+            reference,
+            train_step=step.make_train_step(
+                model, algorithm, transforms, optimizer.schedules(), layout
+            ),
+            batches=train_batches(
+                task, lengths=lengths, batch_size=batch_size, seed=seed, start_step=first_step
+            ),
+            batch_sharding=batch_sharding,
+            num_steps=num_steps,
+            periods=periods,
+            log=log,
+            evaluate=evaluate,
+            save=lambda state: checkpoints.save(manager, state, meta),
+            stop=stop,
+            progress=lambda done: progress.update(progress.task_ids[0], completed=done),
+        )
+        # Waits for the last checkpoint: a run that says it is done has it on disk.
+        manager.close()
+    for each in (writer, held_out_writer):
+        each.close()
+    if int(state.step) < num_steps:
+        assert stop.signal is not None
+        return Interrupted(int(state.step), stop.signal.name)
+    return None
+
+
+def restore(
+    directory: epath.Path,
+    layout: train_state.Layout,
+    algorithm: Algorithm,
+    init_checkpoint: str | None,
+    meta: checkpoints.Meta,
+) -> tuple[train_state.TrainState | None, Any]:
+    """The state and the reference that are on disk, None for what is not.
+
+    Args:
+      directory: of the run; its newest whole checkpoint is the state.
+      layout: of the state.
+      algorithm: whether it has a reference.
+      init_checkpoint: where a run without a checkpoint finds its reference.
+      meta: what the checkpoints have to belong to.
+
+    Returns:
+      State and reference.
+
+    Raises:
+      UsageError: if they are damaged or belong to another model, vocabulary or method.
+    """
+    abstract = layout.abstract()
+    model = {name: meta[name] for name in ("model", "vocabulary")}
+    state = checkpoints.restore_latest(
+        directory, abstract, model | {"algorithm": meta["algorithm"]}
+    )
+    if state is not None and not algorithm.has_reference:
+        return state, None
+    if state is not None:
+        source, at = checkpoints.find(directory / REFERENCE)
+    elif init_checkpoint is not None:
+        source, at = checkpoints.find(init_checkpoint)
+    else:
+        return None, None
+    return state, checkpoints.restore_policy(source, at, abstract.policy, model)
+
+
+def make_directory(directory: epath.Path) -> None:
+    """Makes the run's folder. Raises UsageError where that is not possible."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        probe = directory / ".writable"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise UsageError(
+            f"{directory}: cannot be written ({error.strerror or error}); choose another MODEL_DIR"
+        ) from error
+
+
+def vocabulary_digest(vocabulary_file: str | None) -> str:
+    """What identifies a vocabulary: "bytes", or the SHA-256 of the SentencePiece model."""
+    if vocabulary_file is None:
+        return "bytes"
+    return "sentencepiece:" + hashlib.sha256(epath.Path(vocabulary_file).read_bytes()).hexdigest()
+
+
+def held_out_metrics(algorithm: Algorithm, examples: Examples) -> loop.Scalars:
+    """Metrics of a whole split: the method's own, and the loss of eq. 4 that asks for no learning.
+
+    Args:
+      algorithm: the method.
+      examples: NumPy arrays [rows, N] of the split.
+
+    Returns:
+      Metrics; with a reference also "loss/constant", eq. 4 at pi = pi_ref and the best constant V, which is
+      half of the rewards' variance.
+    """
+    _, metrics = jax.jit(algorithm.loss)(jax.tree.map(jnp.asarray, examples))
+    scalars = {name: float(value) for name, value in metrics.items()}
+    if algorithm.has_reference:
+        rewards = np.asarray(examples.reward, np.float64)[np.asarray(examples.weights) > 0]
+        scalars["loss/constant"] = float(rewards.var() / 2)
+    return scalars

@@ -1,0 +1,1 @@
+"""Sampling from a policy, and measuring how good it is."""

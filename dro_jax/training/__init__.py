@@ -1,0 +1,1 @@
+"""Training from arrays alone: state, mesh, optimisers, the jitted step, checkpoints and the loop."""

@@ -1,0 +1,165 @@
+"""The training loop."""
+
+import contextlib
+import dataclasses
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from dro_jax.errors import DivergenceError
+from dro_jax.training.step import TrainStep
+from dro_jax.training.train_state import TrainState
+
+HostBatch = dict[str, np.ndarray]
+Scalars = dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Periods:
+    """How often, in steps, things happen beside training; the last step does all of them.
+
+    Attributes:
+      log: metrics to the log.
+      evaluate: the held-out split.
+      checkpoint: save.
+    """
+
+    log: int = 50
+    evaluate: int = 1000
+    checkpoint: int = 1000
+
+
+class StopRequest:
+    """Whether someone asked the run to stop, by Ctrl-C or SIGTERM; a second Ctrl-C is not caught."""
+
+    def __init__(self) -> None:
+        """No request yet."""
+        self.signal: signal.Signals | None = None
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        """Catches the signals while the context lasts."""
+        previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+    def _note(self, number: int, frame: Any) -> None:
+        del frame
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)
+
+
+def train(
+    state: TrainState,
+    reference: Any,
+    *,
+    train_step: TrainStep,
+    batches: Iterator[HostBatch],
+    batch_sharding: NamedSharding,
+    num_steps: int,
+    periods: Periods,
+    log: Callable[[int, Scalars], None],
+    evaluate: Callable[[int, TrainState], None],
+    save: Callable[[TrainState], None],
+    stop: StopRequest,
+    progress: Callable[[int], None],
+) -> TrainState:
+    """Trains from `state.step` up to `num_steps`, or until asked to stop.
+
+    Args:
+      state: where to start; its buffers are donated.
+      reference: parameters of pi_ref, or None.
+      train_step: of `make_train_step`.
+      batches: this process's rows, beginning with the batch of step `state.step`.
+      batch_sharding: how a batch lies on the mesh.
+      num_steps: steps of the whole run, those already done included.
+      periods: how often to log, evaluate and save; the first step is logged too.
+      log: takes the number of steps done and means of the metrics since the last call.
+      evaluate: takes the number of steps done and the state.
+      save: takes a state all of whose losses and gradients were finite.
+      stop: asked after every step.
+      progress: takes the number of steps done, after every step.
+
+    Returns:
+      The last state, which has been saved.
+
+    Raises:
+      DivergenceError: if a loss or gradient norm is not finite; nothing is saved after the step named.
+    """
+    first = done = int(state.step)
+    pending: list[dict[str, jax.Array]] = []
+    clock = time.perf_counter()
+    finished = done >= num_steps
+    while not finished:
+        batch = to_devices(next(batches), batch_sharding)
+        state, metrics = train_step(state, reference, batch)
+        pending.append(metrics)
+        done += 1
+        progress(done)
+        if done == first + 1:
+            # The first step's time is the compiler's; it would hide the speed of the others.
+            jax.block_until_ready(metrics)
+            clock = time.perf_counter()
+
+        finished = done == num_steps or stop.signal is not None
+        evaluation_due = done == num_steps or done % periods.evaluate == 0
+        checkpoint_due = finished or done % periods.checkpoint == 0
+        log_due = done % periods.log == 0 or done == first + 1
+        if not (log_due or evaluation_due or checkpoint_due):
+            continue
+        values = jax.device_get(pending)
+        check_finite(values, done - len(values))
+        timed = values[1:] if done - len(values) == first else values
+        log(done, summarise(values, timed, time.perf_counter() - clock))
+        pending = []
+        if evaluation_due:
+            evaluate(done, state)
+        if checkpoint_due:
+            save(state)
+        clock = time.perf_counter()
+    return state
+
+
+def to_devices(batch: HostBatch, sharding: NamedSharding) -> dict[str, jax.Array]:
+    """Global arrays from the rows that each process holds."""
+    return {
+        name: jax.make_array_from_process_local_data(sharding, array)
+        for name, array in batch.items()
+    }
+
+
+def check_finite(metrics: list[dict[str, Any]], first_step: int) -> None:
+    """Raises DivergenceError for the first step whose loss or gradient norm is not finite."""
+    for step, values in enumerate(metrics, start=first_step + 1):
+        for name, value in values.items():
+            if name.split("/")[0] in ("loss", "grad_norm") and not np.isfinite(value):
+                raise DivergenceError(
+                    f"{name} is {float(value)} at step {step}: stopped, the checkpoints before it are "
+                    "sound; try a lower learning rate or look at the rewards of the data"
+                )
+
+
+def summarise(
+    metrics: list[dict[str, Any]], timed: list[dict[str, Any]], seconds: float
+) -> Scalars:
+    """Means of the metrics over an interval (the last learning rate), and the speed of its timed steps."""
+    summary = {
+        name: float(values[-1] if name.startswith("learning_rate") else np.mean(values))
+        for name in metrics[0]
+        for values in [[m[name] for m in metrics]]
+    }
+    if timed:
+        examples, tokens = (sum(m[f"data/{k}"] for m in timed) for k in ("examples", "tokens"))
+        summary["speed/examples_per_second"] = float(examples / seconds)
+        summary["speed/tokens_per_second"] = float(tokens / seconds)
+        summary["speed/steps_per_second"] = len(timed) / seconds
+    return summary

@@ -1,0 +1,144 @@
+"""The device mesh and the rules by which logical axes are laid over it."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax.core import meta
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from dro_jax.errors import UsageError
+
+MESH_AXES = ("data", "fsdp", "model")
+
+DEFAULT_RULES: tuple[tuple[str, str | None], ...] = (
+    ("vocab", "model"),
+    ("mlp", "model"),
+    ("heads", "model"),
+    ("joined_kv", "model"),
+    ("embed", "fsdp"),
+    ("relpos_buckets", None),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Partitioning:
+    """Sizes of the mesh axes and where each logical parameter axis goes.
+
+    Rows of a batch are spread over "data" and "fsdp" together; parameters over "fsdp" and "model".
+
+    Attributes:
+      data: size of the data axis, -1 for all the devices that the other axes leave.
+      fsdp: size of the fsdp axis.
+      model: size of the model axis.
+      rules: (logical axis, mesh axis or None) pairs.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    model: int = 1
+    rules: tuple[tuple[str, str | None], ...] = DEFAULT_RULES
+
+    def mesh(self) -> Mesh:
+        """The mesh over all devices of all processes. Raises UsageError where the sizes do not fit."""
+        count = jax.device_count()
+        sizes = [self.data, self.fsdp, self.model]
+        if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
+            raise UsageError(
+                f"mesh {dict(zip(MESH_AXES, sizes, strict=True))}: give positive sizes, "
+                "and -1 for at most one axis (Partitioning.data, .fsdp, .model)"
+            )
+        fixed = math.prod(size for size in sizes if size != -1)
+        if -1 in sizes and count % fixed == 0:
+            sizes[sizes.index(-1)] = count // fixed
+        if math.prod(sizes) != count:
+            raise UsageError(
+                f"mesh {dict(zip(MESH_AXES, sizes, strict=True))} does not fit {count} devices: "
+                "set Partitioning.data, .fsdp and .model so that their product is the device count"
+            )
+        return Mesh(np.asarray(jax.devices()).reshape(sizes), MESH_AXES)
+
+
+def check_batch_size(mesh: Mesh, batch_size: int) -> None:
+    """Raises UsageError unless the rows of a batch divide evenly over the mesh and the processes."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size < 1 or batch_size % math.lcm(shards, jax.process_count()):
+        raise UsageError(
+            f"BATCH_SIZE {batch_size} does not divide into {shards} data shards "
+            f"(mesh axes data x fsdp) on {jax.process_count()} process(es): choose a multiple"
+        )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Rows over "data" and "fsdp", everything else whole."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The whole array on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def parameter_shardings(boxed: Any, mesh: Mesh, partitioning: Partitioning) -> Any:
+    """Shardings of a parameter tree from its logical axis names.
+
+    Args:
+      boxed: tree of `nn.LogicallyPartitioned` shapes, as `jax.eval_shape` of a module's `init` gives it.
+      mesh: the mesh.
+      partitioning: the rules.
+
+    Returns:
+      Tree of `NamedSharding`, without boxes.
+    """
+    specs = nn.get_partition_spec(boxed)
+    return nn.logical_to_mesh_sharding(specs, mesh, list(partitioning.rules))
+
+
+def like_parameters(state: Any, parameters: Any, shardings: Any, mesh: Mesh) -> Any:
+    """Shardings of an optimiser state whose leaves stand beside parameters.
+
+    Args:
+      state: tree of shapes in which parts have the structure of `parameters`.
+      parameters: tree of shapes.
+      shardings: tree of `NamedSharding` of `parameters`.
+      mesh: the mesh.
+
+    Returns:
+      Tree of `NamedSharding` of the structure of `state`. A leaf of a parameter's shape lies as the parameter
+      does; a factored moment, which lacks one of its axes, as what remains of it; all others are replicated.
+    """
+    by_path = {
+        _names(path): (parameter.shape, sharding.spec)
+        for (path, parameter), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(parameters), jax.tree.leaves(shardings), strict=True
+        )
+    }
+
+    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+        names = _names(path)
+        # The parameter's own path is the tail of the path inside the optimiser's state.
+        known = next((by_path[names[i:]] for i in range(len(names)) if names[i:] in by_path), None)
+        if known is None:
+            return replicated(mesh)
+        shape, spec = known
+        axes = [*spec, *[None] * (len(shape) - len(spec))]
+        if leaf.shape == shape:
+            return NamedSharding(mesh, PartitionSpec(*axes))
+        for dropped in range(len(shape)):
+            if leaf.shape == shape[:dropped] + shape[dropped + 1 :]:
+                return NamedSharding(mesh, PartitionSpec(*axes[:dropped], *axes[dropped + 1 :]))
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, state)
+
+
+def unbox(boxed: Any) -> Any:
+    """The plain tree inside logical boxes."""
+    return meta.unbox(boxed)
+
+
+def _names(path: tuple[Any, ...]) -> tuple[str, ...]:
+    return tuple(str(entry.key) for entry in path if hasattr(entry, "key"))
