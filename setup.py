@@ -4,9 +4,9 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-HERE = Path(__file__).parent
+README = Path(__file__).parent / "README.md"
 
-# Bounds name the oldest version the tests have passed with, or why a newer one is kept out.
+# No bounds: the tests pass with what pip chooses on a fresh Python 3.11 and 3.12 (see CHANGELOG.md).
 REQUIREMENTS = [
     "jax",
     "flax",
@@ -18,28 +18,31 @@ REQUIREMENTS = [
     "tensorflow-datasets",
     "gin-config",
     "clu",
-    "tensorboard",  # clu's metric writers need it and do not pull it in.
+    "tensorboard",  # clu's metric writers need it and do not ask for it.
     "etils[epath]",
+    "numpy",
+    "protobuf",
     "rich",
     "sentencepiece",
 ]
 
-TEST = ["pytest", "pytest-xdist"]
-
 EXTRAS = {
-    "test": TEST,
+    "test": ["pytest", "pytest-xdist", "ruff", "mypy"],
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
+    # Conversion to and from Hugging Face checkpoints.
     "hf": ["safetensors", "transformers"],
-    "t5x": [],
-    "bench": [],
+    # T5X itself is on no package registry; these are the parts of its stack that are.
+    "t5x": ["seqio", "clu", "gin-config"],
+    # The PyTorch side of the benchmarks.
+    "bench": ["torch", "transformers"],
 }
 
 setup(
     name="dro_jax",
     version="0.1.0",
-    description="Direct Reward Optimisation of T5 models in JAX, from single-trajectory feedback",
-    long_description=(HERE / "README.md").read_text() if (HERE / "README.md").exists() else "",
+    description="Direct Reward Optimisation of T5 models from single-trajectory feedback, in JAX",
+    long_description=README.read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import logging
+import tokenize
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar, cast
@@ -68,12 +69,14 @@ def _parse(what: str, parse: Callable[[], object]) -> None:
         parse()
     except OSError as error:
         raise UsageError(
-            f"{what}: {_one_line(error)}; give a path, or a name below gin_configs such as "
-            "runs/dro_v_tiny.gin"
+            f"{what}: {_one_line(error).partition('. Searched')[0]}; give a path, or a name below "
+            "gin_configs such as runs/dro_v_tiny.gin"
         ) from error
-    except SyntaxError as error:
+    except (SyntaxError, tokenize.TokenError) as error:
+        # Gin's own message names Python objects; the line is what helps.
+        line = "" if what.startswith("--gin.") else f", line {getattr(error, 'lineno', '?')}"
         raise UsageError(
-            f"{what}: {_one_line(error)}; strings need quotes of their own, as in "
+            f"{what}{line}: not a gin value; strings need quotes of their own, as in "
             "--gin.MODEL_DIR=\"'out'\""
         ) from error
     # Gin lets through whatever a binding or an imported module raises.

@@ -58,7 +58,7 @@ def start_tensorflow() -> None:
 
 
 @contextmanager
-def progress_bar(description: str, total: int) -> Iterator[Progress]:
+def progress_bar(description: str, total: int, done: int = 0) -> Iterator[Progress]:
     """A bar with the time left; `progress.update(progress.task_ids[0], completed=n)` moves it."""
     columns = (
         TextColumn("{task.description}"),
@@ -70,7 +70,7 @@ def progress_bar(description: str, total: int) -> Iterator[Progress]:
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True) as progress:
-        progress.add_task(description, total=total)
+        progress.add_task(description, total=total, completed=done)
         yield progress
 
 

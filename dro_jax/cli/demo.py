@@ -1,7 +1,7 @@
 """`dro_jax demo`: the whole road on a task whose optimum is known exactly.
 
-Makes the data, trains the reference by SFT and the policy by DRO-V from it, samples both on held-out
-prompts, and measures everything against eq. 2 by enumerating the answers.
+Makes the data, trains the reference by SFT and the policy by DRO-V (or another algorithm) from it, samples
+both on held-out prompts, and measures everything against eq. 2 by enumerating the answers.
 """
 
 import dataclasses
@@ -16,14 +16,14 @@ from rich.table import Table
 
 from dro_jax.cli import configuration, train
 from dro_jax.cli.console import console, progress_bar
-from dro_jax.cli.generate import Policy, complete, load_policy
+from dro_jax.cli.generate import Policy, complete, layout_of, load_policy
 from dro_jax.data import demonstration
 from dro_jax.data.feedback import RewardStatistics
 from dro_jax.data.vocabulary import encode_completion, encode_prompt
 from dro_jax.evaluation.enumeration import Distance, distance_to_optimum
 from dro_jax.evaluation.sampling import Decoding, make_sampler
 from dro_jax.networks import ValueNetwork
-from dro_jax.training import checkpoints, partitioning, train_state
+from dro_jax.training import checkpoints
 from dro_jax.training.step import sequence_log_prob
 
 VALIDATION_FRACTION = 0.1
@@ -47,11 +47,12 @@ class Paths:
     summary: epath.Path
 
 
-def run(workdir: str) -> train.Interrupted | None:
+def run(workdir: str, algorithm: str) -> train.Interrupted | None:
     """Runs the demonstration, going on where an earlier call left off.
 
     Args:
-      workdir: folder for everything it writes.
+      workdir: folder for everything it writes; the reference in it serves every algorithm.
+      algorithm: name of a file in gin_configs/algorithms/.
 
     Returns:
       None, or what interrupted one of the two trainings.
@@ -61,7 +62,7 @@ def run(workdir: str) -> train.Interrupted | None:
     paths = Paths(
         data=directory / "feedback.jsonl",
         sft=directory / "sft",
-        aligned=directory / "dro_v",
+        aligned=directory / algorithm,
         samples=directory / "samples.jsonl",
         summary=directory / "summary.json",
     )
@@ -71,12 +72,12 @@ def run(workdir: str) -> train.Interrupted | None:
 
     console.rule("1. The reference: supervised fine-tuning on the behaviour policy's answers")
     interrupted = train_from(
-        "runs/demo_sft.gin", FEEDBACK_FILE=str(paths.data), MODEL_DIR=str(paths.sft)
+        ["runs/demo_sft.gin"], FEEDBACK_FILE=str(paths.data), MODEL_DIR=str(paths.sft)
     )
     if interrupted is None:
-        console.rule("2. DRO-V from the reference")
+        console.rule(f"2. {algorithm} from the reference")
         interrupted = train_from(
-            "runs/demo_dro_v.gin",
+            ["runs/demo_dro_v.gin", f"algorithms/{algorithm}.gin"],
             FEEDBACK_FILE=str(paths.data),
             MODEL_DIR=str(paths.aligned),
             INIT_CHECKPOINT=str(paths.sft),
@@ -88,24 +89,29 @@ def run(workdir: str) -> train.Interrupted | None:
     console.rule("3. Both policies on held-out prompts")
     _, held_out = demonstration.split_prompts(demonstration.prompts(), VALIDATION_FRACTION)
     reference, policy = load_policy(str(paths.sft)), load_policy(str(paths.aligned))
-    distance = measure(paths.aligned, reference, policy, held_out)
-    samples = sample_side_by_side(reference, policy, held_out)
-    summary = write_results(paths, samples, distance, time.perf_counter() - started)
+    distance = measure(paths.aligned, algorithm, reference, policy, held_out)
+    samples = sample_side_by_side(algorithm, reference, policy, held_out)
+    summary = write_results(paths, algorithm, samples, distance, time.perf_counter() - started)
     show(paths, samples, summary)
     return None
 
 
-def train_from(gin_file: str, **macros: Any) -> train.Interrupted | None:
+def train_from(gin_files: list[str], **macros: Any) -> train.Interrupted | None:
     """What `dro_jax train --gin_file=… --gin.NAME=VALUE …` does."""
     bindings = [f"{name} = {value!r}" for name, value in macros.items()]
+    files = " ".join(f"--gin_file={path}" for path in gin_files)
     flags = " ".join(f'--gin.{name}="{value!r}"' for name, value in macros.items())
-    console.print(f"dro_jax train --gin_file={gin_file} {flags}", style="dim")
-    configuration.load([gin_file], bindings)
+    console.print(f"dro_jax train {files} {flags}", style="dim", markup=False)
+    configuration.load(gin_files, bindings)
     return configuration.bound(train.train)()
 
 
 def measure(
-    run_directory: epath.Path, reference: Policy, policy: Policy, prompts: list[str]
+    run_directory: epath.Path,
+    algorithm: str,
+    reference: Policy,
+    policy: Policy,
+    prompts: list[str],
 ) -> Distance:
     """Scores every answer to every prompt with both policies, and holds them against eq. 2."""
     answers = [demonstration.answers(prompt) for prompt in prompts]
@@ -127,7 +133,7 @@ def measure(
     return distance_to_optimum(
         policy_log_prob=log_probs(policy).reshape(shape),
         reference_log_prob=log_probs(reference).reshape(shape),
-        value=values(run_directory, policy, batch["encoder_input_tokens"][:: shape[1]]),
+        value=values(run_directory, algorithm, policy, batch["encoder_input_tokens"][:: shape[1]]),
         reward=np.array(reward),
         score=np.array(score),
         tau=TAU,
@@ -157,32 +163,31 @@ def answer_batch(
     }
 
 
-def values(run_directory: epath.Path, policy: Policy, inputs: np.ndarray) -> np.ndarray:
-    """V(x) of prompts int32 [P, Ti] by the run's value network: [P]."""
-    boxed = jax.eval_shape(lambda: train_state.init_value(policy.config, 0))
-    rules = partitioning.Partitioning()
-    shardings = partitioning.parameter_shardings(boxed, rules.mesh(), rules)
-    abstract = jax.tree.map(
-        lambda shape, sharding: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding),
-        partitioning.unbox(boxed),
-        shardings,
-    )
+def values(
+    run_directory: epath.Path, algorithm: str, policy: Policy, inputs: np.ndarray
+) -> np.ndarray | None:
+    """V(x) of prompts int32 [P, Ti] as the algorithm uses it: [P]; None if it has no value network."""
     directory, at = checkpoints.find(run_directory)
+    if "value" not in checkpoints.read_meta(directory, at)["checksums"]:
+        return None
+    abstract = layout_of(policy.config, has_value=True).abstract().value
     params = checkpoints.restore_value(directory, at, abstract)
-    return np.asarray(ValueNetwork(policy.config).apply({"params": params}, inputs))[:, 0]
+    value = np.asarray(ValueNetwork(policy.config).apply({"params": params}, inputs))[:, 0]
+    return np.full_like(value, value.mean()) if algorithm == "dro_v_single_value" else value
 
 
 def sample_side_by_side(
-    reference: Policy, policy: Policy, prompts: list[str]
+    algorithm: str, reference: Policy, policy: Policy, prompts: list[str]
 ) -> list[dict[str, Any]]:
     """Samples both policies on every prompt and lets the true reward, without the rater's shift, judge.
 
     Returns:
-      One row a comparison: prompt, both completions, both scores, and "win" (1, 0, or 0.5 for a tie).
+      One row a comparison: prompt, the completions "sft" and algorithm, their scores, and "win" (1, 0, or
+      0.5 for a tie).
     """
     repeated = [prompt for prompt in prompts for _ in range(SAMPLES_PER_PROMPT)]
     completions = []
-    for name, of, seed in (("SFT", reference, 1), ("DRO-V", policy, 2)):
+    for name, of, seed in (("sft", reference, 1), (algorithm, policy, 2)):
         decoding = Decoding(max_tokens=of.lengths["targets"])
         sampler = make_sampler(of.config, decoding, of.vocabulary.eos_id)
         texts = []
@@ -192,15 +197,15 @@ def sample_side_by_side(
                 progress.advance(progress.task_ids[0])
         completions.append(texts)
     rows = []
-    for prompt, sft, dro_v in zip(repeated, *completions, strict=True):
-        scores = [demonstration.order_score(prompt, text) for text in (sft, dro_v)]
+    for prompt, sft, aligned in zip(repeated, *completions, strict=True):
+        scores = [demonstration.order_score(prompt, text) for text in (sft, aligned)]
         rows.append(
             {
                 "prompt": prompt,
                 "sft": sft,
-                "dro_v": dro_v,
+                algorithm: aligned,
                 "sft_score": scores[0],
-                "dro_v_score": scores[1],
+                f"{algorithm}_score": scores[1],
                 "win": 0.5 + 0.5 * float(np.sign(scores[1] - scores[0])),
             }
         )
@@ -208,7 +213,11 @@ def sample_side_by_side(
 
 
 def write_results(
-    paths: Paths, samples: list[dict[str, Any]], distance: Distance, seconds: float
+    paths: Paths,
+    algorithm: str,
+    samples: list[dict[str, Any]],
+    distance: Distance,
+    seconds: float,
 ) -> dict[str, Any]:
     """Writes samples.jsonl and summary.json; returns what the latter holds."""
     by_prompt: dict[str, list[float]] = {}
@@ -218,6 +227,7 @@ def write_results(
     wins = np.array([np.mean(wins) for wins in by_prompt.values()])
     half_width = 1.96 * wins.std(ddof=1) / np.sqrt(len(wins))
     summary = {
+        "algorithm": algorithm,
         "win_rate": float(wins.mean()),
         "win_rate_interval": [float(wins.mean() - half_width), float(wins.mean() + half_width)],
         **dataclasses.asdict(distance),
@@ -232,7 +242,8 @@ def write_results(
 def show(paths: Paths, samples: list[dict[str, Any]], summary: dict[str, Any]) -> None:
     """Prints ten prompts with both answers, the numbers, and where everything lies."""
     table = Table(title="held-out prompts", title_justify="left")
-    for column in ("prompt", "SFT", "pairs in order", "DRO-V", "pairs in order"):
+    name = summary["algorithm"]
+    for column in ("prompt", "sft", "pairs in order", name, "pairs in order"):
         table.add_column(column)
     shown = samples[:: SAMPLES_PER_PROMPT * max(1, summary["held_out_prompts"] // SHOWN_PROMPTS)]
     for row in shown[:SHOWN_PROMPTS]:
@@ -240,22 +251,24 @@ def show(paths: Paths, samples: list[dict[str, Any]], summary: dict[str, Any]) -
             row["prompt"],
             row["sft"],
             f"{row['sft_score']:.0f}",
-            row["dro_v"],
-            f"{row['dro_v_score']:.0f}",
+            row[name],
+            f"{row[f'{name}_score']:.0f}",
         )
     console.print(table)
     low, high = summary["win_rate_interval"]
+    error = summary["value_error"]
+    value_error = "no value network" if error is None else f"{error:.3f}"
     for line in (
-        f"win rate of DRO-V over SFT     {summary['win_rate']:.1%}  (95% interval {low:.1%} to {high:.1%})",
+        f"win rate of {name} over sft     {summary['win_rate']:.1%}  (95% interval {low:.1%} to {high:.1%})",
         f"win rate of the exact optimum  {summary['optimum_win_rate']:.1%}  (eq. 2: no policy does better "
         f"at this price for leaving the reference)",
         f"improvement reached            {summary['improvement_fraction']:.1%} of what is possible in "
         "J = E[r] - tau KL",
         f"KL to the optimum              {summary['kl_to_optimum']:.4f} nats",
-        f"error of V                     {summary['value_error']:.3f}  (best constant: "
+        f"error of V                     {value_error}  (best constant: "
         f"{summary['constant_value_error']:.3f})",
-        f"probability of the 24 answers  {summary['reference_mass']:.3f} under SFT, "
-        f"{summary['policy_mass']:.3f} under DRO-V",
+        f"probability of the 24 answers  {summary['reference_mass']:.3f} under sft, "
+        f"{summary['policy_mass']:.3f} under {name}",
         f"time                           {summary['seconds']:.0f} s",
         "",
         f"data         {paths.data}",

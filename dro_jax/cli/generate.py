@@ -46,21 +46,23 @@ def load_policy(checkpoint: str) -> Policy:
     config = T5Config(
         **meta["model"] | {"mlp_activations": tuple(meta["model"]["mlp_activations"])}
     )
-    rules = partitioning.Partitioning()
-    layout = train_state.make_layout(
-        config,
-        optimizers.Adafactor().transforms(),
-        has_value=False,
-        mesh=rules.mesh(),
-        rules=rules,
-    )
-    params = checkpoints.restore_policy(directory, at, layout.abstract().policy, {})
+    abstract = layout_of(config, has_value=False).abstract().policy
+    params = checkpoints.restore_policy(directory, at, abstract, {})
     vocabulary_file = None
     if meta["vocabulary"] != "bytes":
         # A reference lies one folder below the run that its vocabulary belongs to.
         places = [directory / VOCABULARY, directory.parent / VOCABULARY]
         vocabulary_file = str(next((p for p in places if p.exists()), places[0]))
     return Policy(config, params, load_vocabulary(vocabulary_file), meta["lengths"])
+
+
+def layout_of(config: T5Config, *, has_value: bool) -> train_state.Layout:
+    """How the parameters of a model lie on this machine's devices."""
+    rules = partitioning.Partitioning()
+    transforms = optimizers.Adafactor().transforms()
+    return train_state.make_layout(
+        config, transforms, has_value=has_value, mesh=rules.mesh(), rules=rules
+    )
 
 
 def complete(

@@ -26,12 +26,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if bindings:
             raise UsageError(f"--gin.{bindings[0]}: only `dro_jax train` takes gin flags")
         return _demo(parsed) if parsed.command == "demo" else _generate(parsed)
-    except UsageError as error:
-        print(f"dro_jax: {error}", file=sys.stderr)
-        return EXIT_USAGE
-    except DivergenceError as error:
-        print(f"dro_jax: {error}", file=sys.stderr)
-        return EXIT_DIVERGED
+    except (UsageError, DivergenceError) as error:
+        # Gin adds lines about the call that raised it.
+        print(f"dro_jax: {str(error).splitlines()[0]}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, UsageError) else EXIT_DIVERGED
     except KeyboardInterrupt:
         print("dro_jax: interrupted", file=sys.stderr)
         return 130
@@ -52,6 +50,13 @@ def _parser() -> argparse.ArgumentParser:
         "--workdir",
         default="dro_jax_demo",
         help="where everything is written (default: %(default)s)",
+    )
+
+    demo.add_argument(
+        "--algorithm",
+        default="dro_v",
+        choices=("dro_v", "dro_v_single_value", "dro_p"),
+        help="a file of gin_configs/algorithms (default: %(default)s)",
     )
 
     train = commands.add_parser(
@@ -137,7 +142,7 @@ def _demo(parsed: argparse.Namespace) -> int:
     _start_console()
     from dro_jax.cli import demo
 
-    return _finish(demo.run(parsed.workdir))
+    return _finish(demo.run(parsed.workdir, parsed.algorithm))
 
 
 def _start_console() -> None:

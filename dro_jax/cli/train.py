@@ -35,6 +35,10 @@ TERMINAL_METRICS = {
     "kl/log_ratio_mean": "log-ratio",
     "value/explained_variance": "explained",
     "reward/log_ratio_correlation": "correlation",
+    "grad_norm/policy": "gradient: policy",
+    "grad_norm/value": "value",
+    "learning_rate/policy": "rate: policy",
+    "learning_rate/value": "value",
     "data/padding_fraction": "padding",
     "speed/examples_per_second": "examples/s",
     "speed/tokens_per_second": "tokens/s",
@@ -172,8 +176,8 @@ def train(
     def log(done: int, metrics: loop.Scalars) -> None:
         writer.write_scalars(done, metrics)
         console.print(f"step {done}/{num_steps}  {format_metrics(metrics, TERMINAL_METRICS)}")
-        spread = metrics.get("kl/log_ratio_std", 0.0)
-        if done == 1:
+        if done == 1 and algorithm.has_reference:
+            spread = metrics["kl/log_ratio_std"]
             console.print(f"log-ratio at step 0: standard deviation {spread:.2g} nats")
             if spread > STEP_0_SPREAD:
                 logger.warning(
@@ -202,7 +206,7 @@ def train(
     stop = loop.StopRequest()
     with (
         stop.listening(),
-        progress_bar(f"{algorithm.name} training", num_steps) as progress,
+        progress_bar(f"{algorithm.name} training", num_steps, first_step) as progress,
     ):
         state = loop.train(
             state,

@@ -84,7 +84,7 @@ class Distance:
       kl_to_optimum: KL(pi || pi*), nats.
       kl_to_reference: KL(pi || pi_ref), nats.
       value_error: |V + tau log m - V*| with m the policy's mass on the answers: the data fix V only up to
-        that shift. NaN without a value.
+        that shift. None without a value.
       constant_value_error: the same for the constant with the smallest such error.
       optimum_win_rate: of pi* over pi_ref.
       exact_win_rate: of pi over pi_ref.
@@ -95,7 +95,7 @@ class Distance:
     improvement_fraction: float
     kl_to_optimum: float
     kl_to_reference: float
-    value_error: float
+    value_error: float | None
     constant_value_error: float
     optimum_win_rate: float
     exact_win_rate: float
@@ -135,7 +135,7 @@ def distance_to_optimum(
         improvement_fraction=float((reached - start) / (possible - start)),
         kl_to_optimum=float(divergence(policy, best.log_prob).mean()),
         kl_to_reference=float(divergence(policy, reference).mean()),
-        value_error=float("nan") if value is None else float(np.abs(value - target).mean()),
+        value_error=None if value is None else float(np.abs(value - target).mean()),
         # The median is the constant of least mean absolute error.
         constant_value_error=float(np.abs(np.median(target) - target).mean()),
         optimum_win_rate=float(win_rate(best.log_prob, reference, score).mean()),

@@ -1,9 +1,10 @@
 """Which networks a method needs and which objective it minimises: the link from gin to objectives."""
 
 import dataclasses
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from dro_jax import objectives
 
@@ -52,9 +53,12 @@ class DroV:
 
     Attributes:
       tau: strength of the regularisation towards the reference, units of normalised reward per nat.
+      values: "multiple", one value an example, or "single", their mean over the batch for all of them (the
+        paper's double net with multiple or a single value).
     """
 
     tau: float = 1.0
+    values: Literal["multiple", "single"] = "multiple"
 
     name: ClassVar[str] = "dro_v"
     has_value: ClassVar[bool] = True
@@ -71,7 +75,39 @@ class DroV:
             "reward": examples.reward,
             "weights": examples.weights,
         }
-        loss, metrics = objectives.dro_v_loss(**arrays, tau=self.tau)
+        mean_value = None
+        if self.values == "single":
+            mean_value = objectives.weighted_mean(examples.value, examples.weights)
+        loss, metrics = objectives.dro_v_loss(**arrays, tau=self.tau, mean_value=mean_value)
+        if mean_value is not None:
+            arrays["value"] = jnp.full_like(examples.value, mean_value)
+        return loss, metrics | objectives.alignment_diagnostics(**arrays, tau=self.tau)
+
+
+@dataclasses.dataclass(frozen=True)
+class DroP:
+    """DRO-P (eq. 15): the policy alone, the variance of r - tau h over the batch.
+
+    Attributes:
+      tau: units of normalised reward per nat.
+    """
+
+    tau: float = 1.0
+
+    name: ClassVar[str] = "dro_p"
+    has_value: ClassVar[bool] = False
+    has_reference: ClassVar[bool] = True
+
+    def loss(self, examples: Examples) -> tuple[Array, Metrics]:
+        """See `dro_jax.objectives.dro_p_loss`."""
+        assert examples.reference_log_prob is not None
+        arrays = {
+            "policy_log_prob": examples.policy_log_prob,
+            "reference_log_prob": examples.reference_log_prob,
+            "reward": examples.reward,
+            "weights": examples.weights,
+        }
+        loss, metrics = objectives.dro_p_loss(**arrays, tau=self.tau)
         return loss, metrics | objectives.alignment_diagnostics(**arrays, tau=self.tau)
 
 

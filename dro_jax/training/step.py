@@ -114,18 +114,18 @@ def make_train_step(
                 grads[part], state.opt_state[part], params[part]
             )
             params[part] = optax.apply_updates(params[part], updates)
-            metrics[f"grad_norm/{part}"] = optax.global_norm(grads[part])
+            metrics[f"grad_norm/{part}"] = optax.tree.norm(grads[part])
             metrics[f"learning_rate/{part}"] = schedules[part](state.step)
         metrics |= {"loss": loss, **batch_metrics(batch)}
         value = params.get("value", state.value)
         return TrainState(state.step + 1, params["policy"], value, opt_state), metrics
 
     mesh = layout.mesh
-    reference_sharding = layout.shardings.policy if algorithm.has_reference else None
     return jax.jit(
         train_step,
         donate_argnums=0,
-        in_shardings=(layout.shardings, reference_sharding, partitioning.batch_sharding(mesh)),
+        # The reference lies as it comes: there is none when the batch carries its log-probabilities.
+        in_shardings=(layout.shardings, None, partitioning.batch_sharding(mesh)),
         out_shardings=(layout.shardings, partitioning.replicated(mesh)),
     )
 
@@ -150,7 +150,7 @@ def batch_metrics(batch: Batch) -> Metrics:
     return {
         "data/examples": jnp.sum(batch["reward_weights"]),
         "data/tokens": tokens.astype(jnp.float32),
-        "data/padding_fraction": 1.0 - tokens / positions,
+        "data/padding_fraction": (positions - tokens) / positions,
     }
 
 
