@@ -74,7 +74,8 @@ def _parse(what: str, parse: Callable[[], object]) -> None:
         ) from error
     except (SyntaxError, tokenize.TokenError) as error:
         # Gin's own message names Python objects; the line is what helps.
-        line = "" if what.startswith("--gin.") else f", line {getattr(error, 'lineno', '?')}"
+        number = error.lineno if isinstance(error, SyntaxError) else error.args[1][0]
+        line = "" if what.startswith("--gin.") else f", line {number}"
         raise UsageError(
             f"{what}{line}: not a gin value; strings need quotes of their own, as in "
             "--gin.MODEL_DIR=\"'out'\""

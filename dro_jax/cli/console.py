@@ -19,22 +19,30 @@ from rich.progress import (
 )
 
 console = Console(highlight=False, soft_wrap=True)
+error_console = Console(highlight=False, soft_wrap=True, stderr=True)
 
 
 class _ConsoleHandler(logging.Handler):
-    """Prints records through the console, so that a progress bar stays below them."""
+    """Prints records through a console, so that a progress bar on it stays below them."""
+
+    def __init__(self, to: Console) -> None:
+        super().__init__()
+        self._console = to
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        console.print(prefix + self.format(record), markup=False)
+        self._console.print(prefix + self.format(record), markup=False)
 
 
-def configure_logging() -> None:
-    """Sends warnings of all libraries to the console, and messages of ours."""
+def configure_logging(*, to: Console = console) -> None:
+    """Sends warnings of all libraries to a console, and messages of ours."""
     logging.basicConfig(
-        level=logging.WARNING, handlers=[_ConsoleHandler()], format="%(message)s", force=True
+        level=logging.WARNING, handlers=[_ConsoleHandler(to)], format="%(message)s", force=True
     )
     logging.getLogger("dro_jax").setLevel(logging.INFO)
+    # Where an array of a checkpoint cannot be read, Orbax forgets the tasks that read the others, and asyncio
+    # tells of each of them.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
 
 
 def start_tensorflow() -> None:

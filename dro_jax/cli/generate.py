@@ -169,7 +169,9 @@ def read_prompts(path: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read ({error}); give a UTF-8 text file") from error
     prompts = []
-    for number, line in enumerate(text.splitlines(), 1):
+    # Not splitlines(): it also splits at characters that JSON leaves inside a string, such as U+2028.
+    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
+        line = line.removesuffix("\r")
         if not line.strip():
             continue
         if not path.endswith(".jsonl"):
@@ -181,7 +183,8 @@ def read_prompts(path: str) -> list[str]:
             raise UsageError(
                 f"{path}, line {number}: no field 'prompt'; write one JSON object a line"
             ) from error
-        if not isinstance(prompt, str):
+        # Half a surrogate pair is no character, and no UTF-8.
+        if not isinstance(prompt, str) or any("\ud800" <= c <= "\udfff" for c in prompt):
             raise UsageError(f"{path}, line {number}: field 'prompt' is not text; write a string")
         prompts.append(prompt)
     if not prompts:

@@ -145,11 +145,11 @@ def _demo(parsed: argparse.Namespace) -> int:
     return _finish(demo.run(parsed.workdir, parsed.algorithm))
 
 
-def _start_console() -> None:
+def _start_console(*, logs_to_stderr: bool = False) -> None:
     from dro_jax.cli import console, host_memory
 
     host_memory.keep_freed_memory()
-    console.configure_logging()
+    console.configure_logging(to=console.error_console if logs_to_stderr else console.console)
     console.start_tensorflow()
 
 
@@ -165,7 +165,8 @@ def _finish(interrupted: "Interrupted | None") -> int:
 
 
 def _generate(parsed: argparse.Namespace) -> int:
-    _start_console()
+    # stdout is for the completions.
+    _start_console(logs_to_stderr=True)
     from dro_jax.cli import generate
 
     generate.run(

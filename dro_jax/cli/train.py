@@ -1,5 +1,6 @@
 """`dro_jax train`: one run, from a feedback file to checkpoints."""
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -156,10 +157,19 @@ def train(
         console.print(f"{directory}: goes on from step {first_step}")
 
     # 3. The data. A resumed run keeps the reward statistics that it began with.
+    statistics = RewardStatistics.load_json(directory / STATISTICS)
+    if statistics != summary.rewards:
+        logger.warning(
+            "%s is not the file this run began with (mean reward %.6g, then %.6g): rewards are normalised "
+            "as before, but the rows that follow are not those that were left",
+            feedback.path,
+            summary.rewards.mean,
+            statistics.mean,
+        )
     task = feedback_task(
         feedback,
         vocabulary=vocabulary,
-        statistics=RewardStatistics.load_json(directory / STATISTICS),
+        statistics=statistics,
         num_input_examples=summary.num_input_examples,
         drop_overlong=drop_overlong,
     )
@@ -168,9 +178,15 @@ def train(
     if vocabulary_file is not None:
         epath.Path(vocabulary_file).copy(directory / VOCABULARY, overwrite=True)
     configuration.save_operative(directory / "config.gin")
-    writer = metric_writers.SummaryWriter(str(directory / "train"))
-    held_out_writer = metric_writers.SummaryWriter(str(directory / "training_eval"))
+    opened = contextlib.ExitStack()
+    writer, held_out_writer = (
+        metric_writers.SummaryWriter(str(directory / name)) for name in ("train", "training_eval")
+    )
+    opened.callback(writer.close)
+    opened.callback(held_out_writer.close)
     manager = checkpoints.open_manager(directory, keep_last=keep_last, keep_every=keep_every)
+    # However the run ends, a checkpoint that was begun is finished.
+    opened.callback(manager.close)
 
     # 5. Training.
     def log(done: int, metrics: loop.Scalars) -> None:
@@ -205,6 +221,7 @@ def train(
 
     stop = loop.StopRequest()
     with (
+        opened,
         stop.listening(),
         progress_bar(f"{algorithm.name} training", num_steps, first_step) as progress,
     ):
@@ -226,10 +243,6 @@ def train(
             stop=stop,
             progress=lambda done: progress.update(progress.task_ids[0], completed=done),
         )
-        # Waits for the last checkpoint: a run that says it is done has it on disk.
-        manager.close()
-    for each in (writer, held_out_writer):
-        each.close()
     if int(state.step) < num_steps:
         assert stop.signal is not None
         return Interrupted(int(state.step), stop.signal.name)

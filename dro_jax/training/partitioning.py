@@ -127,7 +127,9 @@ def like_parameters(state: Any, parameters: Any, shardings: Any, mesh: Mesh) -> 
         axes = [*spec, *[None] * (len(shape) - len(spec))]
         if leaf.shape == shape:
             return NamedSharding(mesh, PartitionSpec(*axes))
-        for dropped in range(len(shape)):
+        # Of a square parameter, Optax's v_row lacks the later axis and v_col the earlier.
+        later_first = any(getattr(entry, "name", None) == "v_row" for entry in path)
+        for dropped in sorted(range(len(shape)), reverse=later_first):
             if leaf.shape == shape[:dropped] + shape[dropped + 1 :]:
                 return NamedSharding(mesh, PartitionSpec(*axes[:dropped], *axes[dropped + 1 :]))
         return replicated(mesh)

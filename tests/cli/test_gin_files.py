@@ -1,0 +1,249 @@
+"""Every shipped gin file, and what the command says about mistakes in gin files and flags."""
+
+import re
+from pathlib import Path
+
+import gin
+import jax
+import numpy as np
+import pytest
+
+from dro_jax.cli import configuration, demo
+from dro_jax.cli import train as train_module
+from dro_jax.errors import UsageError
+from dro_jax.networks import T5Config
+from dro_jax.training import train_state
+from dro_jax.training.loop import Periods
+from dro_jax.training.optimizers import Adafactor
+from dro_jax.training.partitioning import Partitioning
+
+ROOT = configuration.shipped_configs()
+FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.gin"))
+MODELS = [name for name in FILES if name.startswith("models/")]
+ALGORITHMS = [name for name in FILES if name.startswith("algorithms/")]
+BASE = "runs/train.gin"
+RUNS = [name for name in FILES if name not in (*MODELS, *ALGORITHMS, BASE)]
+
+REQUIRED = ["FEEDBACK_FILE = 'feedback.jsonl'", "MODEL_DIR = 'out'"]
+
+
+def check_run():
+    """Builds everything that a loaded run names; nothing is trained."""
+    arguments = gin.get_bindings(train_module.train)
+    types = {
+        "model": T5Config,
+        "optimizer": Adafactor,
+        "periods": Periods,
+        "rules": Partitioning,
+        "num_steps": int,
+        "batch_size": int,
+        "seed": int,
+    }
+    for name, kind in types.items():
+        assert isinstance(arguments[name], kind), name
+    assert (arguments["feedback"].path, arguments["model_dir"]) == ("feedback.jsonl", "out")
+    assert {"inputs", "targets"} <= set(arguments["lengths"])
+    assert set(arguments["optimizer"].transforms()) == {"policy", "value"}
+    assert callable(arguments["algorithm"].loss)
+    assert arguments["algorithm"].name
+    return arguments
+
+
+def test_the_files_are_found():
+    assert len(MODELS) >= 12
+    assert len(ALGORITHMS) >= 2
+    assert {"runs/dro_v_tiny.gin", "runs/sft_tiny.gin", "runs/demo_sft.gin"} <= set(RUNS)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_run_builds_its_parts(name):
+    configuration.load([name], REQUIRED)
+    check_run()
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_every_algorithm_builds(name):
+    configuration.load([BASE, "models/tiny.gin", name], REQUIRED)
+    assert check_run()["model"].vocab_size == 384
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_run_names_what_it_needs(name):
+    with pytest.raises(UsageError, match=r"^FEEDBACK_FILE, MODEL_DIR must be given: add --gin\."):
+        configuration.load([name])
+    header = (ROOT / name).read_text().split("from __gin__")[0]
+    assert header.startswith("# ")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_has_the_parameters_its_header_states(name):
+    configuration.load([BASE, name, "algorithms/dro_v.gin"], REQUIRED)
+    model = check_run()["model"]
+    shapes = jax.eval_shape(lambda: train_state.init_policy(model, 0))
+    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes))
+    header = (ROOT / name).read_text().split("from __gin__")[0]
+    stated = re.search(r"(\d+)(\.\d+)? (million|billion) parameters", header)
+    assert stated, f"{name}: the header states no number of parameters"
+    digits = len(stated[2] or ".") - 1
+    in_units = count / {"million": 1e6, "billion": 1e9}[stated[3]]
+    assert f"{in_units:.{digits}f}" == stated[1] + (stated[2] or "")
+
+
+@pytest.mark.parametrize(
+    ("name", "count"),
+    # Of the published checkpoints (t5-*, google/t5-v1_1-*), with one embedding table for both stacks.
+    [
+        ("models/t5_1_0_small.gin", 60_506_624),
+        ("models/t5_1_0_base.gin", 222_903_552),
+        ("models/t5_1_1_small.gin", 76_961_152),
+        ("models/t5_1_1_base.gin", 247_577_856),
+        ("models/t5_1_1_xl.gin", 2_849_757_184),
+    ],
+)
+def test_sizes_of_published_checkpoints(name, count):
+    configuration.load([BASE, name, "algorithms/sft.gin"], REQUIRED)
+    model = gin.get_bindings(train_module.train)["model"]
+    shapes = jax.eval_shape(lambda: train_state.init_policy(model, 0))
+    assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes)) == count
+
+
+@pytest.mark.parametrize("name", ["runs/demo_sft.gin", "runs/demo_dro_v.gin"])
+def test_the_demo_and_its_gin_files_agree(name):
+    configuration.load([name], REQUIRED)
+    arguments = check_run()
+    assert arguments["feedback"].validation_fraction == demo.VALIDATION_FRACTION
+    assert getattr(arguments["algorithm"], "tau", demo.TAU) == demo.TAU
+
+
+def test_a_later_binding_wins():
+    configuration.load(["runs/sft_tiny.gin"], [*REQUIRED, "TRAIN_STEPS = 7", "TRAIN_STEPS = 8"])
+    assert check_run()["num_steps"] == 8
+
+
+def test_files_are_read_in_order_and_search_paths_are_searched(tmp_path):
+    folders = [tmp_path / "a", tmp_path / "b"]
+    for i, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / f"mine_{i}.gin").write_text(
+            f"TRAIN_STEPS = {i + 1}\nBATCH_SIZE = {8 * (i + 1)}\n"
+        )
+    files = ["runs/sft_tiny.gin", "mine_0.gin", "mine_1.gin"]
+    configuration.load(files, [*REQUIRED, "BATCH_SIZE = 40"], [str(f) for f in folders])
+    arguments = check_run()
+    assert (arguments["num_steps"], arguments["batch_size"]) == (2, 40)
+
+
+@pytest.fixture
+def refused(command, tmp_path, monkeypatch):
+    """Runs `train` on the tiny SFT run with other flags; returns the one line on stderr."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags, gin_file="runs/sft_tiny.gin", required=True):
+        given = ["--gin.FEEDBACK_FILE='f.jsonl'", "--gin.MODEL_DIR='out'"] if required else []
+        result = command("train", f"--gin_file={gin_file}", *given, *flags)
+        assert result.code == 2
+        assert result.out == ""
+        (line,) = result.err.splitlines()
+        assert not Path("out").exists()
+        return line
+
+    return run
+
+
+def test_misspelt_macro(refused):
+    line = refused("--gin.TRAIN_STEP=3")
+    assert line == (
+        "dro_jax: TRAIN_STEP: nothing in this configuration uses it; did you mean TRAIN_STEPS?"
+    )
+
+
+def test_macro_unlike_any_other(refused):
+    line = refused("--gin.XYZZY=3")
+    assert "XYZZY: nothing in this configuration uses it; known here: ALGORITHM, BATCH_SIZE" in line
+
+
+def test_macro_of_another_method(refused):
+    assert "TAU: nothing in this configuration uses it" in refused("--gin.TAU=3")
+
+
+def test_unknown_parameter_of_a_known_class(refused):
+    line = refused("--gin.optimizers.Adafactor.policy_rate=3")
+    assert line.startswith("dro_jax: --gin.optimizers.Adafactor.policy_rate=3: ")
+    assert "policy_rate" in line.split(": ", 2)[2]
+
+
+def test_unknown_class(refused):
+    line = refused("--gin.optimizers.Adam.policy_learning_rate=3")
+    assert line.startswith("dro_jax: --gin.optimizers.Adam.policy_learning_rate=3: ")
+    assert "Adam" in line.split(": ", 2)[2]
+
+
+def test_unknown_module(refused):
+    line = refused("--gin.optimisers.Adafactor.decay_rate=3")
+    assert line.startswith("dro_jax: --gin.optimisers.Adafactor.decay_rate=3: ")
+
+
+def test_missing_gin_file(refused):
+    line = refused(gin_file="runs/nowhere.gin")
+    assert line.startswith("dro_jax: runs/nowhere.gin: ")
+    assert "a name below gin_configs such as runs/dro_v_tiny.gin" in line
+
+
+def test_missing_included_file(refused, tmp_path):
+    (tmp_path / "mine.gin").write_text('include "models/none.gin"\n')
+    line = refused(gin_file=str(tmp_path / "mine.gin"))
+    assert line.startswith(f"dro_jax: {tmp_path}/mine.gin: ")
+    assert "models/none.gin" in line
+
+
+def test_syntax_error_in_a_file(refused, tmp_path):
+    (tmp_path / "mine.gin").write_text("TRAIN_STEPS = (3\n")
+    line = refused(gin_file=str(tmp_path / "mine.gin"))
+    assert line.startswith(f"dro_jax: {tmp_path}/mine.gin, line ")
+    assert re.search(r", line \d+: not a gin value; strings need quotes", line)
+
+
+def test_required_macros_are_listed_together(refused):
+    line = refused(required=False)
+    assert line.startswith("dro_jax: FEEDBACK_FILE, MODEL_DIR must be given: add ")
+    assert "--gin.FEEDBACK_FILE=\"'…'\" --gin.MODEL_DIR=\"'…'\"" in line
+
+
+def test_string_without_quotes(refused):
+    line = refused("--gin.INIT_CHECKPOINT=out/sft")
+    assert line.startswith("dro_jax: --gin.INIT_CHECKPOINT=out/sft: ")
+    assert "strings need quotes of their own, as in --gin.MODEL_DIR=\"'out'\"" in line
+
+
+def test_binding_without_a_value(refused):
+    assert refused("--gin.TRAIN_STEPS") == "dro_jax: --gin.TRAIN_STEPS: write --gin.NAME=VALUE"
+
+
+def test_gin_flags_belong_to_train(command):
+    result = command("demo", "--gin.TRAIN_STEPS=3")
+    assert result.code == 2
+    assert result.err.splitlines() == [
+        "dro_jax: --gin.TRAIN_STEPS = 3: only `dro_jax train` takes gin flags"
+    ]
+
+
+def test_repeated_flags_through_the_command(refused, tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.gin").write_text(f"BATCH_SIZE = {ord(name)}\n")
+    search = [f"--gin_search_paths={tmp_path / name}" for name in ("a", "b")]
+    line = refused("--gin_file=a.gin", "--gin_file=b.gin", *search)
+    assert line.startswith("dro_jax: BATCH_SIZE 98 does not divide")
+    line = refused("--gin_file=b.gin", "--gin_file=a.gin", *search, "--gin.BATCH_SIZE=9")
+    assert line.startswith("dro_jax: BATCH_SIZE 9 does not divide")
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"], ["fly"], ["generate"]])
+def test_argparse_mistakes_exit_with_2(command, arguments):
+    assert command(*arguments).code == 2
+
+
+def test_version(command):
+    result = command("--version")
+    assert result.code == 0
+    assert result.out.startswith("dro_jax ")
