@@ -35,14 +35,18 @@ def load(
       gin_files: files, read in order; each is looked for as given, then in the search paths, then among the
         files that come with the library.
       bindings: lines like `TRAIN_STEPS = 100` that come after the files.
-      search_paths: folders.
+      search_paths: folders, several in one string with commas between them.
 
     Raises:
       UsageError: in one line, for a missing file, a mistake in a file or binding, a name that nothing
         refers to, or macros that still need a value.
     """
     gin.clear_config()
-    for path in (*search_paths, str(shipped_configs())):
+    folders = [path for paths in search_paths for path in paths.split(",")]
+    for path in folders:
+        if not epath.Path(path).is_dir():
+            raise UsageError(f"--gin_search_paths={path}: no such folder")
+    for path in (*folders, str(shipped_configs())):
         gin.add_config_file_search_path(path)
     for path in gin_files:
         _parse(path, functools.partial(gin.parse_config_file, path))
@@ -53,7 +57,12 @@ def load(
 
 
 def bound(function: Callable[..., T]) -> Callable[..., T]:
-    """The function as the loaded configuration binds its arguments."""
+    """The function as the loaded configuration binds its arguments.
+
+    Raises:
+      UsageError: if an argument cannot be made from its binding.
+    """
+    _parse("gin configuration", functools.partial(gin.get_bindings, function))
     return cast(Callable[..., T], gin.get_configurable(function))
 
 
@@ -80,6 +89,9 @@ def _parse(what: str, parse: Callable[[], object]) -> None:
             f"{what}{line}: not a gin value; strings need quotes of their own, as in "
             "--gin.MODEL_DIR=\"'out'\""
         ) from error
+    except UsageError as error:
+        # Gin adds lines about the call that raised it.
+        raise UsageError(str(error).splitlines()[0]) from error
     # Gin lets through whatever a binding or an imported module raises.
     except Exception as error:
         raise UsageError(f"{what}: {_one_line(error)}") from error

@@ -6,6 +6,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -18,8 +19,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-console = Console(highlight=False, soft_wrap=True)
-error_console = Console(highlight=False, soft_wrap=True, stderr=True)
+console = Console(highlight=False, soft_wrap=True, markup=False)
+error_console = Console(highlight=False, soft_wrap=True, markup=False, stderr=True)
 
 
 class _ConsoleHandler(logging.Handler):
@@ -31,7 +32,7 @@ class _ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "" if record.levelno <= logging.INFO else f"{record.levelname.lower()}: "
-        self._console.print(prefix + self.format(record), markup=False)
+        self._console.print(prefix + self.format(record))
 
 
 def configure_logging(*, to: Console = console) -> None:
@@ -40,9 +41,15 @@ def configure_logging(*, to: Console = console) -> None:
         level=logging.WARNING, handlers=[_ConsoleHandler(to)], format="%(message)s", force=True
     )
     logging.getLogger("dro_jax").setLevel(logging.INFO)
-    # Where an array of a checkpoint cannot be read, Orbax forgets the tasks that read the others, and asyncio
-    # tells of each of them.
+    # Where an array of a checkpoint cannot be read, Orbax closes its event loop on the tasks that read the
+    # others; the error says what is wrong, and each of those tasks would add a traceback.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    sys.unraisablehook = _report_unraisable
+
+
+def _report_unraisable(unraisable: Any) -> None:
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def start_tensorflow() -> None:

@@ -68,7 +68,9 @@ def run(workdir: str, algorithm: str) -> train.Interrupted | None:
     )
     train.make_directory(directory)
     if not paths.data.exists():
-        demonstration.write_demonstration(paths.data, samples_per_prompt=ANSWERS_PER_PROMPT, seed=0)
+        partial = directory / f"{paths.data.name}.partial"
+        demonstration.write_demonstration(partial, samples_per_prompt=ANSWERS_PER_PROMPT, seed=0)
+        partial.replace(paths.data)
 
     console.rule("1. The reference: supervised fine-tuning on the behaviour policy's answers")
     interrupted = train_from(
@@ -101,7 +103,7 @@ def train_from(gin_files: list[str], **macros: Any) -> train.Interrupted | None:
     bindings = [f"{name} = {value!r}" for name, value in macros.items()]
     files = " ".join(f"--gin_file={path}" for path in gin_files)
     flags = " ".join(f'--gin.{name}="{value!r}"' for name, value in macros.items())
-    console.print(f"dro_jax train {files} {flags}", style="dim", markup=False)
+    console.print(f"dro_jax train {files} {flags}", style="dim")
     configuration.load(gin_files, bindings)
     return configuration.bound(train.train)()
 
@@ -229,7 +231,10 @@ def write_results(
     summary = {
         "algorithm": algorithm,
         "win_rate": float(wins.mean()),
-        "win_rate_interval": [float(wins.mean() - half_width), float(wins.mean() + half_width)],
+        "win_rate_interval": [
+            float(max(0.0, wins.mean() - half_width)),
+            float(min(1.0, wins.mean() + half_width)),
+        ],
         **dataclasses.asdict(distance),
         "held_out_prompts": len(wins),
         "seconds": seconds,
@@ -277,4 +282,4 @@ def show(paths: Paths, samples: list[dict[str, Any]], summary: dict[str, Any]) -
         f"samples      {paths.samples}",
         f"numbers      {paths.summary}",
     ):
-        console.print(line, markup=False)
+        console.print(line)

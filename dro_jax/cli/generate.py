@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -10,12 +11,14 @@ import numpy as np
 import seqio
 from etils import epath
 
-from dro_jax.cli.train import VOCABULARY
+from dro_jax.cli.train import VOCABULARY, vocabulary_digest
 from dro_jax.data.vocabulary import encode_prompt, load_vocabulary
-from dro_jax.errors import UsageError
+from dro_jax.errors import UsageError, check_number
 from dro_jax.evaluation.sampling import Decoding, Sampler, make_sampler
 from dro_jax.networks import T5Config
 from dro_jax.training import checkpoints, optimizers, partitioning, train_state
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +47,8 @@ def load_policy(checkpoint: str) -> Policy:
     directory, at = checkpoints.find(checkpoint)
     meta = checkpoints.read_meta(directory, at)
     config = T5Config(
-        **meta["model"] | {"mlp_activations": tuple(meta["model"]["mlp_activations"])}
+        **meta["model"] | {"mlp_activations": tuple(meta["model"]["mlp_activations"])},
+        dtype=meta["dtype"],
     )
     abstract = layout_of(config, has_value=False).abstract().policy
     params = checkpoints.restore_policy(directory, at, abstract, {})
@@ -53,6 +57,9 @@ def load_policy(checkpoint: str) -> Policy:
         # A reference lies one folder below the run that its vocabulary belongs to.
         places = [directory / VOCABULARY, directory.parent / VOCABULARY]
         vocabulary_file = str(next((p for p in places if p.exists()), places[0]))
+        checkpoints.check_meta(
+            epath.Path(vocabulary_file), meta, {"vocabulary": vocabulary_digest(vocabulary_file)}
+        )
     return Policy(config, params, load_vocabulary(vocabulary_file), meta["lengths"])
 
 
@@ -66,13 +73,7 @@ def layout_of(config: T5Config, *, has_value: bool) -> train_state.Layout:
 
 
 def complete(
-    policy: Policy,
-    prompts: list[str],
-    sampler: Sampler,
-    *,
-    seed: int,
-    batch_size: int,
-    first: int = 0,
+    policy: Policy, prompts: list[str], sampler: Sampler, *, seed: int, batch_size: int
 ) -> Iterator[str]:
     """Completes prompts in order.
 
@@ -82,7 +83,6 @@ def complete(
       sampler: of `make_sampler`.
       seed: with a prompt's place in the list it fixes the completion, whatever the batch size.
       batch_size: prompts at a time.
-      first: place of the first prompt, where the list goes on from another.
 
     Yields:
       One completion a prompt.
@@ -94,7 +94,7 @@ def complete(
         for row, text in enumerate(texts):
             encoded = encode_prompt(policy.vocabulary, text, length)
             tokens[row, : len(encoded)] = encoded
-        places = first + start + np.arange(batch_size)
+        places = start + np.arange(batch_size)
         sampled = np.asarray(sampler(policy.params, tokens, seed, places))
         for row in range(len(texts)):
             yield decode(policy.vocabulary, sampled[row])
@@ -121,9 +121,14 @@ def run(
 ) -> None:
     """Completes a file of prompts; see `dro_jax generate --help` for the arguments."""
     texts = read_prompts(prompts)
-    if batch_size < 1:
-        raise UsageError(f"--batch_size {batch_size}: give 1 or more")
+    check_number("--batch_size", batch_size, whole=True, at_least=1)
+    if not 0 <= seed < 2**31:
+        raise UsageError(f"--seed {seed}: give a number from 0 to {2**31 - 1}")
     policy = load_policy(checkpoint)
+    limit = policy.lengths["inputs"]
+    cut = sum(len(policy.vocabulary.encode(text)) >= limit for text in texts)
+    if cut:
+        logger.warning("%d of %d prompts are cut to %d tokens", cut, len(texts), limit)
     try:
         decoding = Decoding(
             policy.lengths["targets"] if max_tokens is None else max_tokens,
@@ -147,9 +152,9 @@ def run(
     # Written beside its place and then moved there: an interruption leaves no half file.
     partial = epath.Path(f"{output}.partial")
     try:
-        with partial.open("w") as file:
+        with partial.open("wb") as file:
             for line in lines:
-                file.write(line)
+                file.write(line.encode())
         partial.replace(output)
     except OSError as error:
         raise UsageError(f"{output}: cannot be written ({error.strerror or error})") from error
@@ -165,7 +170,7 @@ def read_prompts(path: str) -> list[str]:
       UsageError: if the file cannot be read, holds no prompt, or a row has none.
     """
     try:
-        text = sys.stdin.read() if path == "-" else epath.Path(path).read_text()
+        text = sys.stdin.read() if path == "-" else epath.Path(path).read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read ({error}); give a UTF-8 text file") from error
     prompts = []

@@ -1,6 +1,8 @@
 """The `dro_jax` command and its subcommands."""
 
 import argparse
+import io
+import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -11,13 +13,21 @@ from dro_jax.errors import DivergenceError, UsageError
 if TYPE_CHECKING:
     from dro_jax.cli.train import Interrupted
 
-EXIT_DIVERGED = 1
+EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL: everything is saved, the same command goes on.
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command; returns its exit code: 0, 1 diverged, 2 bad input, 75 stopped early and saved."""
+    """Runs the command; returns its exit code.
+
+    0 done; 1 diverged, or the system failed (a full disk); 2 bad input; 75 stopped early, all saved; 130
+    interrupted where there was nothing to save.
+    """
+    for stream in (sys.stdin, sys.stdout):
+        # Texts are UTF-8 whatever the locale of a bare container says.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(encoding="utf-8", errors="strict")
     plain, bindings = _split_gin_bindings(sys.argv[1:] if arguments is None else arguments)
     parsed = _parser().parse_args(plain)
     try:
@@ -29,7 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (UsageError, DivergenceError) as error:
         # Gin adds lines about the call that raised it.
         print(f"dro_jax: {str(error).splitlines()[0]}", file=sys.stderr)
-        return EXIT_USAGE if isinstance(error, UsageError) else EXIT_DIVERGED
+        return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAILED
+    except BrokenPipeError:
+        # Whoever read our output has enough; Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except OSError as error:
+        print(f"dro_jax: {' '.join(str(error).split())}", file=sys.stderr)
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print("dro_jax: interrupted", file=sys.stderr)
         return 130

@@ -19,7 +19,7 @@ from dro_jax.data.batches import evaluation_batches, train_batches
 from dro_jax.data.feedback import FeedbackFile, RewardStatistics, summarise
 from dro_jax.data.tasks import count_overlong, feedback_task
 from dro_jax.data.vocabulary import check_vocabulary_fits, load_vocabulary
-from dro_jax.errors import UsageError
+from dro_jax.errors import UsageError, check_number
 from dro_jax.networks import T5Config
 from dro_jax.training import checkpoints, loop, partitioning, step, train_state
 from dro_jax.training.algorithms import Algorithm, Examples
@@ -107,10 +107,11 @@ def train(
       None when the run is complete, else what interrupted it.
 
     Raises:
-      UsageError: for anything wrong with files or settings, before anything is compiled or written.
+      UsageError: for anything wrong with files or settings, before anything is written or a network compiled.
       DivergenceError: for a loss or gradient that is not finite.
     """
-    # 1. Everything a person can have got wrong, before anything is written or compiled.
+    # 1. Everything a person can have got wrong, before anything is written or a network compiled.
+    check_settings(model_dir, lengths, num_steps, seed, keep_last, keep_every)
     directory = epath.Path(model_dir)
     mesh = rules.mesh()
     partitioning.check_batch_size(mesh, batch_size)
@@ -124,7 +125,18 @@ def train(
         "model": model.architecture(),
         "vocabulary": vocabulary_digest(vocabulary_file),
         "algorithm": algorithm.name,
+        "dtype": model.dtype,
         "lengths": dict(lengths),
+        # What a resumed run had better not change.
+        "settings": {
+            "BATCH_SIZE": batch_size,
+            "TASK_FEATURE_LENGTHS": dict(lengths),
+            "INIT_CHECKPOINT": init_checkpoint,
+            "seed": seed,
+            "drop_overlong": drop_overlong,
+            "validation_fraction": feedback.validation_fraction,
+            **{name.upper(): value for name, value in vars(algorithm).items()},
+        },
     }
     transforms = optimizer.transforms()
     layout = train_state.make_layout(
@@ -155,13 +167,14 @@ def train(
         return None
     if first_step:
         console.print(f"{directory}: goes on from step {first_step}")
+        warn_of_changes(checkpoints.read_meta(directory, first_step), meta)
 
     # 3. The data. A resumed run keeps the reward statistics that it began with.
     statistics = RewardStatistics.load_json(directory / STATISTICS)
     if statistics != summary.rewards:
         logger.warning(
-            "%s is not the file this run began with (mean reward %.6g, then %.6g): rewards are normalised "
-            "as before, but the rows that follow are not those that were left",
+            "the training rows of %s are not those this run began with (mean reward %.6g, then %.6g): "
+            "rewards are normalised as before, but what follows is not what was left of them",
             feedback.path,
             summary.rewards.mean,
             statistics.mean,
@@ -175,8 +188,8 @@ def train(
     )
 
     # 4. What lies beside the checkpoints.
-    if vocabulary_file is not None:
-        epath.Path(vocabulary_file).copy(directory / VOCABULARY, overwrite=True)
+    if vocabulary_file is not None and not (directory / VOCABULARY).exists():
+        epath.Path(vocabulary_file).copy(directory / VOCABULARY)
     configuration.save_operative(directory / "config.gin")
     opened = contextlib.ExitStack()
     writer, held_out_writer = (
@@ -221,8 +234,8 @@ def train(
 
     stop = loop.StopRequest()
     with (
-        opened,
         stop.listening(),
+        opened,
         progress_bar(f"{algorithm.name} training", num_steps, first_step) as progress,
     ):
         state = loop.train(
@@ -247,6 +260,43 @@ def train(
         assert stop.signal is not None
         return Interrupted(int(state.step), stop.signal.name)
     return None
+
+
+def check_settings(
+    model_dir: str,
+    lengths: Mapping[str, int],
+    num_steps: int,
+    seed: int,
+    keep_last: int,
+    keep_every: int | None,
+) -> None:
+    """Raises UsageError for a setting of `train` that means nothing."""
+    if not isinstance(model_dir, str):
+        raise UsageError(f"MODEL_DIR is {model_dir!r}: give a path, as in \"'out'\"")
+    check_number("TRAIN_STEPS", num_steps, whole=True, at_least=1)
+    check_number("train.seed", seed, whole=True)
+    check_number("train.keep_last", keep_last, whole=True, at_least=1)
+    if keep_every is not None:
+        check_number("train.keep_every", keep_every, whole=True, at_least=1)
+    if not isinstance(lengths, Mapping) or set(lengths) != {"inputs", "targets"}:
+        raise UsageError(
+            f'TASK_FEATURE_LENGTHS is {lengths!r}: write {{"inputs": 512, "targets": 512}}'
+        )
+    for name, length in lengths.items():
+        check_number(f"TASK_FEATURE_LENGTHS[{name!r}]", length, whole=True, at_least=2)
+
+
+def warn_of_changes(then: checkpoints.Meta, now: checkpoints.Meta) -> None:
+    """Warns where a resumed run has other settings than the one that saved its checkpoint."""
+    before = then.get("settings", {})
+    for name, value in now["settings"].items():
+        if name in before and before[name] != value:
+            logger.warning(
+                "%s was %r when this run began and is %r now: it does not go on as it would have",
+                name,
+                before[name],
+                value,
+            )
 
 
 def restore(
@@ -296,7 +346,7 @@ def make_directory(directory: epath.Path) -> None:
         probe.unlink()
     except OSError as error:
         raise UsageError(
-            f"{directory}: cannot be written ({error.strerror or error}); choose another MODEL_DIR"
+            f"{directory}: cannot be written ({error.strerror or error}); choose another folder"
         ) from error
 
 

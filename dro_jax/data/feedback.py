@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from etils import epath
 
-from dro_jax.errors import UsageError
+from dro_jax.errors import UsageError, check_number
 
 Split = Literal["train", "validation"]
 
@@ -57,7 +57,11 @@ class FeedbackFile:
     max_unusable_fraction: float = 0.05
 
     def __post_init__(self) -> None:
-        """Refuses fractions that are out of range."""
+        """Refuses a path that is no text, and fractions that are out of range."""
+        if not isinstance(self.path, str):
+            raise UsageError(f"FEEDBACK_FILE is {self.path!r}; give a path, as in \"'my.jsonl'\"")
+        for name in ("validation_fraction", "max_unusable_fraction"):
+            check_number(name, getattr(self, name))
         if not 0 <= self.validation_fraction < 1:
             raise UsageError(f"validation_fraction is {self.validation_fraction}; set it in [0, 1)")
         if not 0 <= self.max_unusable_fraction <= 1:

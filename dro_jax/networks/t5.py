@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+from dro_jax.errors import check_choice, check_number
+
 Array = jax.Array
 
 
@@ -52,6 +54,18 @@ class T5Config:
     relative_buckets: int = 32
     relative_max_distance: int = 128
     dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for sizes that are none and names that are unknown."""
+        for field in dataclasses.fields(self):
+            if field.type is int:
+                check_number(
+                    f"T5Config.{field.name}", getattr(self, field.name), whole=True, at_least=1
+                )
+        check_choice(
+            "T5Config.mlp_activations", tuple(self.mlp_activations), (("gelu", "linear"), ("relu",))
+        )
+        check_choice("T5Config.dtype", self.dtype, ("auto", "float32", "bfloat16"))
 
     @property
     def compute_dtype(self) -> Any:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from dro_jax import objectives
+from dro_jax.errors import check_choice, check_number
 
 Array = jax.Array
 Metrics = dict[str, Array]
@@ -60,6 +61,11 @@ class DroV:
     tau: float = 1.0
     values: Literal["multiple", "single"] = "multiple"
 
+    def __post_init__(self) -> None:
+        """Raises UsageError for settings that mean nothing."""
+        check_number("TAU (DroV.tau)", self.tau, above=0)
+        check_choice("DroV.values", self.values, ("multiple", "single"))
+
     name: ClassVar[str] = "dro_v"
     has_value: ClassVar[bool] = True
     has_reference: ClassVar[bool] = True
@@ -93,6 +99,10 @@ class DroP:
     """
 
     tau: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raises UsageError unless tau is positive."""
+        check_number("TAU (DroP.tau)", self.tau, above=0)
 
     name: ClassVar[str] = "dro_p"
     has_value: ClassVar[bool] = False

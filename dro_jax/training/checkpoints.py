@@ -5,6 +5,8 @@ and `meta` (JSON: what the checkpoint belongs to, and a checksum of every array,
 flipped bit without a word), and `reference/checkpoint_0/` with the frozen reference in the same form.
 """
 
+import hashlib
+import json
 import logging
 from typing import Any
 
@@ -107,6 +109,7 @@ def save_policy(directory: epath.PathLike, policy: Tree, meta: Meta) -> None:
 
 def _save(manager: ocp.CheckpointManager, step: int, trees: dict[str, Tree], meta: Meta) -> None:
     meta = meta | {"step": step, "checksums": {k: checksums(v) for k, v in trees.items()}}
+    meta["digest"] = _digest(meta)
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
 
@@ -119,7 +122,11 @@ def steps(directory: epath.PathLike) -> list[int]:
 
 def read_meta(directory: epath.PathLike, step: int) -> Meta:
     """The facts saved with a checkpoint. Raises DamagedError if they cannot be read."""
-    return _restore(_path(directory, step), {"meta": ocp.args.JsonRestore()})["meta"]
+    path = _path(directory, step)
+    meta = _restore(path, {"meta": ocp.args.JsonRestore()})["meta"]
+    if not isinstance(meta, dict) or meta.get("digest") != _digest(meta):
+        raise DamagedError(f"{path}: damaged, meta is not what was written")
+    return meta
 
 
 def restore_latest(
@@ -155,9 +162,11 @@ def restore_latest(
             damaged.append((step, error))
             continue
         for bad, reason in damaged:
-            aside = _path(directory, bad)
-            logger.warning("%s; moved to %s.damaged", reason, aside.name)
-            aside.rename(aside.parent / f"{aside.name}.damaged")
+            path = _path(directory, bad)
+            names = (f"{path.name}.damaged{suffix}" for suffix in ("", *range(2, 1000)))
+            aside = next(place for name in names if not (place := path.parent / name).exists())
+            logger.warning("%s; moved to %s", reason, aside.name)
+            path.rename(aside)
         return TrainState(
             step=jax.device_put(np.int32(step), abstract.step.sharding),
             policy=restored["policy"],
@@ -259,10 +268,19 @@ def _restore(path: epath.Path, items: dict[str, Any]) -> dict[str, Any]:
     try:
         with ocp.Checkpointer(ocp.CompositeCheckpointHandler()) as checkpointer:
             return dict(checkpointer.restore(path, args=ocp.args.Composite(**items)).items())
+    except (MemoryError, PermissionError):
+        raise
     # Whatever a damaged file makes the readers below raise, it means one thing here.
     except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise DamagedError(f"{path}: damaged, cannot be read ({reason[0][:200]})") from error
+
+
+def _digest(meta: Meta) -> str:
+    facts = {name: value for name, value in meta.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _path(directory: epath.PathLike, step: int) -> epath.Path:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
-from dro_jax.errors import DivergenceError
+from dro_jax.errors import DivergenceError, check_number
 from dro_jax.training.step import TrainStep
 from dro_jax.training.train_state import TrainState
 
@@ -33,9 +33,14 @@ class Periods:
     evaluate: int = 1000
     checkpoint: int = 1000
 
+    def __post_init__(self) -> None:
+        """Raises UsageError unless all are whole numbers of steps."""
+        for name, period in dataclasses.asdict(self).items():
+            check_number(f"Periods.{name}", period, whole=True, at_least=1)
+
 
 class StopRequest:
-    """Whether someone asked the run to stop, by Ctrl-C or SIGTERM; a second Ctrl-C is not caught."""
+    """Whether someone asked the run to stop, by Ctrl-C or SIGTERM; a second Ctrl-C stops it at once."""
 
     def __init__(self) -> None:
         """No request yet."""
@@ -53,7 +58,8 @@ class StopRequest:
 
     def _note(self, number: int, frame: Any) -> None:
         del frame
-        if self.signal is not None:
+        # Schedulers repeat SIGTERM; that must not cut off the save it asked for.
+        if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
 
@@ -85,7 +91,7 @@ def train(
       periods: how often to log, evaluate and save; the first step is logged too.
       log: takes the number of steps done and means of the metrics since the last call.
       evaluate: takes the number of steps done and the state.
-      save: takes a state all of whose losses and gradients were finite.
+      save: takes a state that is finite, as its losses and gradients were.
       stop: asked after every step.
       progress: takes the number of steps done, after every step.
 
@@ -93,7 +99,7 @@ def train(
       The last state, which has been saved.
 
     Raises:
-      DivergenceError: if a loss or gradient norm is not finite; nothing is saved after the step named.
+      DivergenceError: if a loss, gradient or parameter is not finite; nothing is saved after the step named.
     """
     first = done = int(state.step)
     pending: list[dict[str, jax.Array]] = []
@@ -138,10 +144,12 @@ def to_devices(batch: HostBatch, sharding: NamedSharding) -> dict[str, jax.Array
 
 
 def check_finite(metrics: list[dict[str, Any]], first_step: int) -> None:
-    """Raises DivergenceError for the first step whose loss or gradient norm is not finite."""
+    """Raises DivergenceError for the first step whose loss, gradient or parameters are not finite."""
     for step, values in enumerate(metrics, start=first_step + 1):
         for name, value in values.items():
-            if name.split("/")[0] in ("loss", "grad_norm") and not np.isfinite(value):
+            if name.split("/")[0] in ("loss", "grad_norm", "parameter_norm") and not np.isfinite(
+                value
+            ):
                 raise DivergenceError(
                     f"{name} is {float(value)} at step {step}: stopped, the checkpoints before it are "
                     "sound; try a lower learning rate or look at the rewards of the data"

@@ -7,6 +7,8 @@ from typing import Any
 import jax
 import optax
 
+from dro_jax.errors import check_number
+
 Schedule = Callable[[Any], Any]
 
 
@@ -28,6 +30,12 @@ class Adafactor:
     value_head_learning_rate: float = 1e-2
     warmup_steps: int = 150
     decay_rate: float = 0.8
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for settings that mean nothing."""
+        for field in dataclasses.fields(self):
+            whole = field.name == "warmup_steps"
+            check_number(f"Adafactor.{field.name}", getattr(self, field.name), whole=whole)
 
     def schedules(self) -> dict[str, Schedule]:
         """Learning rate by step of "policy", "value" and "value_head"."""

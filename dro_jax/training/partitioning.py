@@ -7,10 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
-from flax.core import meta
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dro_jax.errors import UsageError
+from dro_jax.errors import UsageError, check_number
 
 MESH_AXES = ("data", "fsdp", "model")
 
@@ -46,6 +45,8 @@ class Partitioning:
         """The mesh over all devices of all processes. Raises UsageError where the sizes do not fit."""
         count = jax.device_count()
         sizes = [self.data, self.fsdp, self.model]
+        for name, size in zip(MESH_AXES, sizes, strict=True):
+            check_number(f"Partitioning.{name}", size, whole=True, at_least=-1)
         if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
             raise UsageError(
                 f"mesh {dict(zip(MESH_AXES, sizes, strict=True))}: give positive sizes, "
@@ -64,8 +65,9 @@ class Partitioning:
 
 def check_batch_size(mesh: Mesh, batch_size: int) -> None:
     """Raises UsageError unless the rows of a batch divide evenly over the mesh and the processes."""
+    check_number("BATCH_SIZE", batch_size, whole=True, at_least=1)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size < 1 or batch_size % math.lcm(shards, jax.process_count()):
+    if batch_size % math.lcm(shards, jax.process_count()):
         raise UsageError(
             f"BATCH_SIZE {batch_size} does not divide into {shards} data shards "
             f"(mesh axes data x fsdp) on {jax.process_count()} process(es): choose a multiple"
@@ -135,11 +137,6 @@ def like_parameters(state: Any, parameters: Any, shardings: Any, mesh: Mesh) -> 
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(place, state)
-
-
-def unbox(boxed: Any) -> Any:
-    """The plain tree inside logical boxes."""
-    return meta.unbox(boxed)
 
 
 def _names(path: tuple[Any, ...]) -> tuple[str, ...]:

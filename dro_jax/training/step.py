@@ -114,6 +114,7 @@ def make_train_step(
                 grads[part], state.opt_state[part], params[part]
             )
             params[part] = optax.apply_updates(params[part], updates)
+            metrics[f"parameter_norm/{part}"] = optax.tree.norm(params[part])
             metrics[f"grad_norm/{part}"] = optax.tree.norm(grads[part])
             metrics[f"learning_rate/{part}"] = schedules[part](state.step)
         metrics |= {"loss": loss, **batch_metrics(batch)}

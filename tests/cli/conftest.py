@@ -95,10 +95,11 @@ def train(feedback_file: Path) -> Command:
 
 @pytest.fixture(autouse=True)
 def _clean_up() -> Iterator[None]:
-    """The command takes over logging and gin, as a process of its own may."""
+    """The command takes over logging, gin and the unraisable hook, as a process of its own may."""
     root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+    handlers, level, hook = root.handlers[:], root.level, sys.unraisablehook
     yield
+    sys.unraisablehook = hook
     root.handlers[:] = handlers
     root.setLevel(level)
     for name in ("dro_jax", "asyncio"):
@@ -107,16 +108,8 @@ def _clean_up() -> Iterator[None]:
 
 
 @pytest.fixture
-def damaged_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Around reads of a damaged checkpoint: at the first array that fails Orbax closes its event loop under
-    TensorStore's readers of the others, whose callbacks then raise where nobody can catch them."""
-    original = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            original(unraisable)
-
-    monkeypatch.setattr(sys, "unraisablehook", hook)
+def damaged_reads() -> Iterator[None]:
+    """Lets the readers that Orbax leaves behind at a damaged array finish while the command's hooks are there."""
     yield
     time.sleep(0.5)
     gc.collect()

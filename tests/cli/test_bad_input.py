@@ -39,13 +39,13 @@ def refused(train, tmp_path, compiled):
 
     def run(gin_file="runs/dro_v_tiny.gin", may_compile=False, **settings):
         directory = settings.setdefault("MODEL_DIR", str(tmp_path / "out"))
-        existed = os.path.exists(directory)
+        existed = os.path.exists(str(directory))
         result = train(gin_file, **settings)
         assert result.code == 2, result
         (line,) = result.err.splitlines()
         assert line.startswith("dro_jax: ")
         assert result.out == ""
-        assert os.path.exists(directory) == existed
+        assert os.path.exists(str(directory)) == existed
         assert may_compile or compiled == []
         return line.removeprefix("dro_jax: ")
 
@@ -255,10 +255,54 @@ def test_mesh_that_does_not_fit(refused, settings, message):
     assert refused(**axes).startswith(message)
 
 
-@pytest.mark.parametrize("batch_size", [0, -8, 12])
-def test_batch_size_that_does_not_divide(refused, batch_size):
-    line = refused(BATCH_SIZE=batch_size)
-    assert line.startswith(f"BATCH_SIZE {batch_size} does not divide into 8 data shards")
+def test_batch_size_that_does_not_divide(refused):
+    line = refused(BATCH_SIZE=12)
+    assert line.startswith("BATCH_SIZE 12 does not divide into 8 data shards")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"BATCH_SIZE": 0}, "BATCH_SIZE is 0: give a whole number of at least 1"),
+        ({"BATCH_SIZE": "a"}, "BATCH_SIZE is 'a': give a whole number of at least 1"),
+        ({"BATCH_SIZE": 8.0}, "BATCH_SIZE is 8.0: give a whole number of at least 1"),
+        ({"TRAIN_STEPS": 0}, "TRAIN_STEPS is 0: give a whole number of at least 1"),
+        ({"TRAIN_STEPS": "200"}, "TRAIN_STEPS is '200': give a whole number"),
+        ({"TAU": -1}, "TAU (DroV.tau) is -1: give a number greater than 0"),
+        ({"TAU": True}, "TAU (DroV.tau) is True: give a number greater than 0"),
+        ({"MODEL_DIR": 3}, "MODEL_DIR is 3: give a path"),
+        ({"FEEDBACK_FILE": 3}, "FEEDBACK_FILE is 3; give a path"),
+        ({"TASK_FEATURE_LENGTHS": {"inputs": 13}}, "TASK_FEATURE_LENGTHS is {'inputs': 13}: write"),
+        (
+            {"TASK_FEATURE_LENGTHS": {"inputs": 13, "targets": 0}},
+            "TASK_FEATURE_LENGTHS['targets'] is 0: give a whole number of at least 2",
+        ),
+        (
+            {"POLICY_LEARNING_RATE": -1e-4},
+            "Adafactor.policy_learning_rate is -0.0001: give a number",
+        ),
+        ({"loop__Periods__log": 0}, "Periods.log is 0: give a whole number of at least 1"),
+        ({"train__train__keep_last": 0}, "train.keep_last is 0: give a whole number of at least 1"),
+        (
+            {"partitioning__Partitioning__fsdp": "a"},
+            "Partitioning.fsdp is 'a': give a whole number",
+        ),
+        ({"algorithms__DroV__values": "sngle"}, "DroV.values is 'sngle': give one of 'multiple'"),
+        ({"t5__T5Config__dtype": "float16"}, "T5Config.dtype is 'float16': give one of 'auto'"),
+        (
+            {"t5__T5Config__mlp_activations": ("swish", "linear")},
+            "T5Config.mlp_activations is ('swish', 'linear'): give one of",
+        ),
+        ({"t5__T5Config__emb_dim": 0}, "T5Config.emb_dim is 0: give a whole number of at least 1"),
+        (
+            {"feedback__FeedbackFile__validation_fraction": "a"},
+            "validation_fraction is 'a': give a",
+        ),
+    ],
+)
+def test_settings_that_mean_nothing(refused, tmp_path, settings, message):
+    directory = {"MODEL_DIR": str(tmp_path / "out")} | settings
+    assert message in refused(**directory)
 
 
 def test_vocabulary_larger_than_the_model(refused):
