@@ -6,12 +6,14 @@ from setuptools import find_packages, setup
 
 README = Path(__file__).parent / "README.md"
 
-# No bounds: the tests pass with what pip chooses on a fresh Python 3.11 and 3.12 (see CHANGELOG.md).
+# Floors are the oldest versions the tests have passed with, where an older one is known to lack what is
+# called here: optax.tree.norm, Orbax's preservation policies, JAX's current sharding and tree paths. The rest is
+# what pip chooses on a fresh Python 3.11 and 3.12 (see CHANGELOG.md).
 REQUIREMENTS = [
-    "jax",
-    "flax",
-    "optax",
-    "orbax-checkpoint",
+    "jax>=0.10.2",
+    "flax>=0.12.8",
+    "optax>=0.2.8",
+    "orbax-checkpoint>=0.12.8",
     "chex",
     "seqio",
     "tensorflow",
@@ -32,8 +34,8 @@ EXTRAS = {
     "cuda": ["jax[cuda12]"],
     # Conversion to and from Hugging Face checkpoints.
     "hf": ["safetensors", "transformers"],
-    # T5X itself is on no package registry; these are the parts of its stack that are.
-    "t5x": ["seqio", "clu", "gin-config"],
+    # T5X is on no package registry, so this cannot name it; the rest of its stack is required above.
+    "t5x": [],
     # The PyTorch side of the benchmarks.
     "bench": ["torch", "transformers"],
 }
