@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from etils import epath
 
-from dro_jax.errors import UsageError, check_number
+from dro_jax.errors import UsageError
 
 Split = Literal["train", "validation"]
 
@@ -60,14 +60,11 @@ class FeedbackFile:
         """Refuses a path that is no text, and fractions that are out of range."""
         if not isinstance(self.path, str):
             raise UsageError(f"FEEDBACK_FILE is {self.path!r}; give a path, as in \"'my.jsonl'\"")
-        for name in ("validation_fraction", "max_unusable_fraction"):
-            check_number(name, getattr(self, name))
-        if not 0 <= self.validation_fraction < 1:
-            raise UsageError(f"validation_fraction is {self.validation_fraction}; set it in [0, 1)")
-        if not 0 <= self.max_unusable_fraction <= 1:
-            raise UsageError(
-                f"max_unusable_fraction is {self.max_unusable_fraction}; set it in [0, 1]"
-            )
+        held_out, unusable = self.validation_fraction, self.max_unusable_fraction
+        if not (isinstance(held_out, int | float) and 0 <= held_out < 1):
+            raise UsageError(f"validation_fraction is {held_out!r}; set it in [0, 1)")
+        if not (isinstance(unusable, int | float) and 0 <= unusable <= 1):
+            raise UsageError(f"max_unusable_fraction is {unusable!r}; set it in [0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)

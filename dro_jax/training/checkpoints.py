@@ -89,10 +89,7 @@ def save(manager: ocp.CheckpointManager, state: TrainState, meta: Meta) -> None:
       state: the state.
       meta: JSON-ready facts that the checkpoint belongs to.
     """
-    trees = {"policy": state.policy, "optimizer": state.opt_state}
-    if state.value:
-        trees["value"] = state.value
-    _save(manager, int(state.step), trees, meta)
+    _save(manager, int(state.step), _items(state), meta)
 
 
 def save_policy(directory: epath.PathLike, policy: Tree, meta: Meta) -> None:
@@ -105,6 +102,11 @@ def save_policy(directory: epath.PathLike, policy: Tree, meta: Meta) -> None:
     manager = open_manager(directory, keep_last=1, keep_every=None)
     _save(manager, 0, {"policy": policy}, meta)
     manager.close()
+
+
+def _items(state: TrainState) -> dict[str, Tree]:
+    items = {"policy": state.policy, "value": state.value, "optimizer": state.opt_state}
+    return {name: tree for name, tree in items.items() if tree}
 
 
 def _save(manager: ocp.CheckpointManager, step: int, trees: dict[str, Tree], meta: Meta) -> None:
@@ -154,10 +156,7 @@ def restore_latest(
         try:
             meta = read_meta(directory, step)
             check_meta(path, meta, expected)
-            trees = {"policy": abstract.policy, "optimizer": abstract.opt_state}
-            if abstract.value:
-                trees["value"] = abstract.value
-            restored = _restore_checked(path, trees, meta)
+            restored = _restore_checked(path, _items(abstract), meta)
         except DamagedError as error:
             damaged.append((step, error))
             continue

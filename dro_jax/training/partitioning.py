@@ -9,7 +9,7 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dro_jax.errors import UsageError, check_number
+from dro_jax.errors import UsageError
 
 MESH_AXES = ("data", "fsdp", "model")
 
@@ -45,9 +45,8 @@ class Partitioning:
         """The mesh over all devices of all processes. Raises UsageError where the sizes do not fit."""
         count = jax.device_count()
         sizes = [self.data, self.fsdp, self.model]
-        for name, size in zip(MESH_AXES, sizes, strict=True):
-            check_number(f"Partitioning.{name}", size, whole=True, at_least=-1)
-        if sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
+        whole = all(isinstance(size, int) for size in sizes)
+        if not whole or sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
             raise UsageError(
                 f"mesh {dict(zip(MESH_AXES, sizes, strict=True))}: give positive sizes, "
                 "and -1 for at most one axis (Partitioning.data, .fsdp, .model)"
@@ -65,11 +64,11 @@ class Partitioning:
 
 def check_batch_size(mesh: Mesh, batch_size: int) -> None:
     """Raises UsageError unless the rows of a batch divide evenly over the mesh and the processes."""
-    check_number("BATCH_SIZE", batch_size, whole=True, at_least=1)
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % math.lcm(shards, jax.process_count()):
+    unit = math.lcm(shards, jax.process_count())
+    if not isinstance(batch_size, int) or batch_size < 1 or batch_size % unit:
         raise UsageError(
-            f"BATCH_SIZE {batch_size} does not divide into {shards} data shards "
+            f"BATCH_SIZE {batch_size!r} does not divide into {shards} data shards "
             f"(mesh axes data x fsdp) on {jax.process_count()} process(es): choose a multiple"
         )
 
