@@ -63,7 +63,8 @@ class DroV:
 
     def __post_init__(self) -> None:
         """Raises UsageError for settings that mean nothing."""
-        check_number("TAU (DroV.tau)", self.tau, above=0)
+        if not isinstance(self.tau, jax.Array):  # A traced tau has no value yet.
+            check_number("TAU (DroV.tau)", self.tau, above=0)
         check_choice("DroV.values", self.values, ("multiple", "single"))
 
     name: ClassVar[str] = "dro_v"
@@ -102,7 +103,8 @@ class DroP:
 
     def __post_init__(self) -> None:
         """Raises UsageError unless tau is positive."""
-        check_number("TAU (DroP.tau)", self.tau, above=0)
+        if not isinstance(self.tau, jax.Array):  # A traced tau has no value yet.
+            check_number("TAU (DroP.tau)", self.tau, above=0)
 
     name: ClassVar[str] = "dro_p"
     has_value: ClassVar[bool] = False
