@@ -3,10 +3,11 @@
 import difflib
 import functools
 import logging
+import re
 import tokenize
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import gin
 from etils import epath
@@ -17,6 +18,8 @@ from dro_jax.errors import UsageError
 T = TypeVar("T")
 
 _PACKAGE = Path(dro_jax.__file__).parent
+_flags: list[str] = []
+"""What the command line bound, as it was written."""
 
 
 def shipped_configs() -> Path:
@@ -48,11 +51,17 @@ def load(
             raise UsageError(f"--gin_search_paths={path}: no such folder")
     for path in (*folders, str(shipped_configs())):
         gin.add_config_file_search_path(path)
+    # A macro has done its work when a later binding takes the place of the one that used it.
+    used: set[str] = set()
     for path in gin_files:
         _parse(path, functools.partial(gin.parse_config_file, path))
+        used |= _used_macros()
+    _flags.clear()
     for binding in bindings:
-        _parse(f"--gin.{binding.replace(' = ', '=')}", functools.partial(gin.parse_config, binding))
-    _check_macros()
+        flag = f"--gin.{binding.replace(' = ', '=')}"
+        _parse(flag, functools.partial(gin.parse_config, binding))
+        _flags.append(flag)
+    _check_macros(used)
     _parse("gin configuration", gin.finalize)
 
 
@@ -60,22 +69,35 @@ def bound(function: Callable[..., T]) -> Callable[..., T]:
     """The function as the loaded configuration binds its arguments.
 
     Raises:
-      UsageError: if an argument cannot be made from its binding.
+      UsageError: if an argument cannot be made from its binding, or a flag set nothing.
     """
-    _parse("gin configuration", functools.partial(gin.get_bindings, function))
+    arguments(function)
+    _check_flags(function)
     return cast(Callable[..., T], gin.get_configurable(function))
+
+
+def arguments(function: Callable[..., object]) -> dict[str, Any]:
+    """What the loaded configuration binds a function's arguments to, made. Raises as `bound`."""
+    return cast(
+        dict[str, Any], _parse("gin configuration", functools.partial(gin.get_bindings, function))
+    )
 
 
 def save_operative(path: epath.PathLike) -> None:
     """Writes the configuration that was really used, as a gin file."""
-    epath.Path(path).write_text(gin.operative_config_str())
+    # Gin writes what a macro made under the macro's name, which a flag without it would not replace.
+    macros = "|".join(sorted(_bound_macros()))
+    text = re.sub(
+        rf"^(# Parameters for )?(?:{macros})/", r"\1", gin.operative_config_str(), flags=re.M
+    )
+    epath.Path(path).write_text(text)
 
 
-def _parse(what: str, parse: Callable[[], object]) -> None:
+def _parse(what: str, parse: Callable[[], T]) -> T:
     # Gin logs an error for every search path in which a file is not.
     logging.disable(logging.ERROR)
     try:
-        parse()
+        return parse()
     except OSError as error:
         raise UsageError(
             f"{what}: {_one_line(error).partition('. Searched')[0]}; give a path, or a name below "
@@ -99,19 +121,51 @@ def _parse(what: str, parse: Callable[[], object]) -> None:
         logging.disable(logging.NOTSET)
 
 
-def _check_macros() -> None:
-    """Gin accepts a misspelt macro silently: it would be a setting that sets nothing."""
+def _check_flags(function: Callable[..., object]) -> None:
+    """Gin accepts flags for classes that this run does not make, and lets a scoped binding go before them."""
+    config, used = gin.config._CONFIG, gin.config._OPERATIVE_CONFIG
+    own = gin.get_configurable(function)
+    for flag in _flags:
+        name = flag.removeprefix("--gin.").partition("=")[0]
+        if "." not in name:
+            continue
+        key = gin.config.ParsedBindingKey.parse(name)
+        if gin.config._REGISTRY[key.complete_selector].wrapper is own:
+            continue
+        given = config[key.scope, key.complete_selector][key.arg_name]
+        values = [
+            values[key.arg_name]
+            for (_, selector), values in used.items()
+            if selector == key.complete_selector and key.arg_name in values
+        ]
+        if not values:
+            raise UsageError(
+                f"{flag}: this run makes no {key.given_selector}, so that it sets nothing"
+            )
+        if given not in values:
+            raise UsageError(
+                f"{flag}: sets nothing, as a gin file binds {key.given_selector}.{key.arg_name} in a scope"
+            )
+
+
+def _bound_macros() -> set[str]:
     # Gin has no public view of its bindings.
-    config = gin.config._CONFIG
-    bound = {scope for scope, selector in config if selector == "gin.macro"}
-    used = set()
-    for reference in gin.config.iterate_references(config):
-        name, _, selector = reference.scoped_selector.rpartition("/")
-        if selector == "gin.macro":
-            used.add(name)
-    for name in sorted(bound - used):
-        near = difflib.get_close_matches(name, sorted(used), n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(used))}"
+    return {scope for scope, selector in gin.config._CONFIG if selector == "gin.macro"}
+
+
+def _used_macros() -> set[str]:
+    references = gin.config.iterate_references(gin.config._CONFIG)
+    parts = (reference.scoped_selector.rpartition("/") for reference in references)
+    return {name for name, _, selector in parts if selector == "gin.macro"}
+
+
+def _check_macros(used_before: set[str]) -> None:
+    """Gin accepts a misspelt macro silently: it would be a setting that sets nothing."""
+    config, bound, used = gin.config._CONFIG, _bound_macros(), _used_macros()
+    for name in sorted(bound - used - used_before):
+        known = sorted(used)
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(known)}"
         raise UsageError(f"{name}: nothing in this configuration uses it; {hint}")
     missing = sorted(
         name for name in used if name not in bound or _required(config[name, "gin.macro"]["value"])

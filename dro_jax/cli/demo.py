@@ -20,12 +20,14 @@ from dro_jax.cli.generate import Policy, complete, layout_of, load_policy
 from dro_jax.data import demonstration
 from dro_jax.data.feedback import RewardStatistics
 from dro_jax.data.vocabulary import encode_completion, encode_prompt
-from dro_jax.evaluation.enumeration import Distance, distance_to_optimum
+from dro_jax.errors import UsageError
+from dro_jax.evaluation.enumeration import Distance, distance_to_optimum, renormalise
 from dro_jax.evaluation.sampling import Decoding, make_sampler
-from dro_jax.networks import ValueNetwork
 from dro_jax.training import checkpoints
-from dro_jax.training.step import sequence_log_prob
+from dro_jax.training.algorithms import Algorithm
+from dro_jax.training.step import example_arrays, sequence_log_prob
 
+SUMMARY = "summary.json"
 VALIDATION_FRACTION = 0.1
 """As the gin files of the demonstration have it."""
 
@@ -47,16 +49,48 @@ class Paths:
     summary: epath.Path
 
 
+ALGORITHMS = (
+    "dro_v",
+    "dro_v_single_value",
+    "dro_v_single_net",
+    "dro_v_single_net_single_value",
+    "dro_v_per_token",
+    "dro_p",
+    "dro_two_sample",
+    "kto",
+    "kto_labels",
+    "dpo",
+    "ipo",
+    "slic",
+    "sft_filtered",
+)
+"""Files of gin_configs/algorithms/ that start from a reference."""
+
+
 def run(workdir: str, algorithm: str) -> train.Interrupted | None:
     """Runs the demonstration, going on where an earlier call left off.
 
     Args:
       workdir: folder for everything it writes; the reference in it serves every algorithm.
-      algorithm: name of a file in gin_configs/algorithms/.
+      algorithm: one of `ALGORITHMS`, or "all" for each in turn and a table of them.
 
     Returns:
-      None, or what interrupted one of the two trainings.
+      None, or what interrupted one of the trainings.
     """
+    if algorithm not in (*ALGORITHMS, "all"):
+        raise UsageError(f"--algorithm {algorithm}: choose one of {', '.join(ALGORITHMS)}, all")
+    if algorithm != "all":
+        return run_one(workdir, algorithm)
+    for name in ALGORITHMS:
+        interrupted = run_one(workdir, name)
+        if interrupted is not None:
+            return interrupted
+    compare(epath.Path(workdir))
+    return None
+
+
+def run_one(workdir: str, algorithm: str) -> train.Interrupted | None:
+    """`run` for one algorithm."""
     started = time.perf_counter()
     directory = epath.Path(workdir)
     paths = Paths(
@@ -64,7 +98,7 @@ def run(workdir: str, algorithm: str) -> train.Interrupted | None:
         sft=directory / "sft",
         aligned=directory / algorithm,
         samples=directory / "samples.jsonl",
-        summary=directory / "summary.json",
+        summary=directory / SUMMARY,
     )
     train.make_directory(directory)
     if not paths.data.exists():
@@ -79,11 +113,10 @@ def run(workdir: str, algorithm: str) -> train.Interrupted | None:
     if interrupted is None:
         console.rule(f"2. {algorithm} from the reference")
         interrupted = train_from(
-            ["runs/demo_dro_v.gin", f"algorithms/{algorithm}.gin"],
+            ["runs/demo_align.gin", f"algorithms/{algorithm}.gin"],
             FEEDBACK_FILE=str(paths.data),
             MODEL_DIR=str(paths.aligned),
             INIT_CHECKPOINT=str(paths.sft),
-            TAU=TAU,
         )
     if interrupted is not None:
         return interrupted
@@ -91,7 +124,8 @@ def run(workdir: str, algorithm: str) -> train.Interrupted | None:
     console.rule("3. Both policies on held-out prompts")
     _, held_out = demonstration.split_prompts(demonstration.prompts(), VALIDATION_FRACTION)
     reference, policy = load_policy(str(paths.sft)), load_policy(str(paths.aligned))
-    distance = measure(paths.aligned, algorithm, reference, policy, held_out)
+    method = configuration.arguments(train.train)["algorithm"]
+    distance = measure(paths.aligned, method, reference, policy, held_out)
     samples = sample_side_by_side(algorithm, reference, policy, held_out)
     summary = write_results(paths, algorithm, samples, distance, time.perf_counter() - started)
     show(paths, samples, summary)
@@ -110,18 +144,30 @@ def train_from(gin_files: list[str], **macros: Any) -> train.Interrupted | None:
 
 def measure(
     run_directory: epath.Path,
-    algorithm: str,
+    algorithm: Algorithm,
     reference: Policy,
     policy: Policy,
     prompts: list[str],
 ) -> Distance:
-    """Scores every answer to every prompt with both policies, and holds them against eq. 2."""
+    """Scores every answer to every prompt with both policies, and holds them against eq. 2 at `TAU`."""
     answers = [demonstration.answers(prompt) for prompt in prompts]
     shape = (len(prompts), len(answers[0]))
     batch = answer_batch(policy, prompts, answers)
-
-    def log_probs(of: Policy) -> np.ndarray:
-        return np.asarray(jax.jit(sequence_log_prob, static_argnums=0)(of.config, of.params, batch))
+    log_prob = jax.jit(sequence_log_prob, static_argnums=0)
+    policy_log_prob, reference_log_prob = (
+        np.asarray(log_prob(policy.config, of.params, batch)).reshape(shape)
+        for of in (policy, reference)
+    )
+    value: np.ndarray | None = None
+    if algorithm.needs.value is not None:
+        params = {"policy": policy.params, **restore_value(run_directory, algorithm, policy)}
+        arrays = jax.jit(example_arrays, static_argnums=(0, 1))
+        examples = arrays(policy.config, algorithm, params, reference.params, batch)
+        # Of values a token, which differ from answer to answer, what the policy expects.
+        probabilities = np.exp(renormalise(policy_log_prob))
+        value = np.sum(probabilities * np.asarray(examples.value).reshape(shape), axis=1)
+        if getattr(algorithm, "values", None) == "single":
+            value = np.full_like(value, value.mean())
 
     statistics = RewardStatistics.load_json(run_directory / train.STATISTICS)
     score = [
@@ -133,13 +179,24 @@ def measure(
         for p, row in zip(prompts, answers, strict=True)
     ]
     return distance_to_optimum(
-        policy_log_prob=log_probs(policy).reshape(shape),
-        reference_log_prob=log_probs(reference).reshape(shape),
-        value=values(run_directory, algorithm, policy, batch["encoder_input_tokens"][:: shape[1]]),
+        policy_log_prob=policy_log_prob,
+        reference_log_prob=reference_log_prob,
+        value=value,
         reward=np.array(reward),
         score=np.array(score),
         tau=TAU,
     )
+
+
+def restore_value(
+    run_directory: epath.Path, algorithm: Algorithm, policy: Policy
+) -> dict[str, Any]:
+    """{"value": parameters} of a run's value network; {} where V is read off the policy."""
+    if algorithm.needs.value != "network":
+        return {}
+    directory, at = checkpoints.find(run_directory)
+    abstract = layout_of(policy.config, has_value=True).abstract().value
+    return {"value": checkpoints.restore_value(directory, at, abstract)}
 
 
 def answer_batch(
@@ -162,20 +219,8 @@ def answer_batch(
         "decoder_target_tokens": targets,
         "decoder_loss_weights": (targets > 0).astype(np.int32),
         "rewards": np.zeros((len(rows), 1), np.float32),
+        "reward_weights": np.ones((len(rows), 1), np.float32),
     }
-
-
-def values(
-    run_directory: epath.Path, algorithm: str, policy: Policy, inputs: np.ndarray
-) -> np.ndarray | None:
-    """V(x) of prompts int32 [P, Ti] as the algorithm uses it: [P]; None if it has no value network."""
-    directory, at = checkpoints.find(run_directory)
-    if "value" not in checkpoints.read_meta(directory, at)["checksums"]:
-        return None
-    abstract = layout_of(policy.config, has_value=True).abstract().value
-    params = checkpoints.restore_value(directory, at, abstract)
-    value = np.asarray(ValueNetwork(policy.config).apply({"params": params}, inputs))[:, 0]
-    return np.full_like(value, value.mean()) if algorithm == "dro_v_single_value" else value
 
 
 def sample_side_by_side(
@@ -240,8 +285,38 @@ def write_results(
         "seconds": seconds,
     }
     paths.samples.write_text("".join(json.dumps(row) + "\n" for row in samples))
-    paths.summary.write_text(json.dumps(summary, indent=2) + "\n")
+    for place in (paths.summary, paths.aligned / SUMMARY):
+        place.write_text(json.dumps(summary, indent=2) + "\n")
     return summary
+
+
+def compare(workdir: epath.Path) -> None:
+    """Prints the summaries of all algorithms as one table, and writes it as Markdown."""
+    summaries = [json.loads((workdir / name / SUMMARY).read_text()) for name in ALGORITHMS]
+    columns = {
+        "algorithm": lambda s: s["algorithm"],
+        "win rate": lambda s: f"{s['win_rate']:.1%}",
+        "KL from sft": lambda s: f"{s['kl_to_reference']:.3f}",
+        "improvement": lambda s: f"{s['improvement_fraction']:.1%}",
+        "KL to optimum": lambda s: f"{s['kl_to_optimum']:.4f}",
+        "on the 24": lambda s: f"{s['policy_mass']:.3f}",
+        "error of V": lambda s: "-" if s["value_error"] is None else f"{s['value_error']:.3f}",
+        "seconds": lambda s: f"{s['seconds']:.0f}",
+    }
+    table = Table(title="all algorithms, one reference", title_justify="left")
+    for name in columns:
+        table.add_column(name, no_wrap=name == "algorithm")
+    rows = [[cell(summary) for cell in columns.values()] for summary in summaries]
+    for row in rows:
+        table.add_row(*row)
+    console.print(table)
+    console.print(
+        "on the 24: the policy's probability of the 24 answers, without which a low KL means little"
+    )
+    lines = [list(columns), ["---"] * len(columns), *rows]
+    place = workdir / "algorithms.md"
+    place.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    console.print(f"table        {place}")
 
 
 def show(paths: Paths, samples: list[dict[str, Any]], summary: dict[str, Any]) -> None:
@@ -262,7 +337,7 @@ def show(paths: Paths, samples: list[dict[str, Any]], summary: dict[str, Any]) -
     console.print(table)
     low, high = summary["win_rate_interval"]
     error = summary["value_error"]
-    value_error = "no value network" if error is None else f"{error:.3f}"
+    value_error = "this method has no V" if error is None else f"{error:.3f}"
     for line in (
         f"win rate of {name} over sft     {summary['win_rate']:.1%}  (95% interval {low:.1%} to {high:.1%})",
         f"win rate of the exact optimum  {summary['optimum_win_rate']:.1%}  (eq. 2: no policy does better "

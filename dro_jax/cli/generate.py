@@ -49,6 +49,7 @@ def load_policy(checkpoint: str) -> Policy:
     config = T5Config(
         **meta["model"] | {"mlp_activations": tuple(meta["model"]["mlp_activations"])},
         dtype=meta["dtype"],
+        reserved_entry=meta["reserved_entry"],
     )
     abstract = layout_of(config, has_value=False).abstract().policy
     params = checkpoints.restore_policy(directory, at, abstract, {})

@@ -72,8 +72,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument(
         "--algorithm",
         default="dro_v",
-        choices=("dro_v", "dro_v_single_value", "dro_p"),
-        help="a file of gin_configs/algorithms (default: %(default)s)",
+        metavar="NAME",
+        help="a file of gin_configs/algorithms, such as kto, or all (default: %(default)s)",
     )
 
     train = commands.add_parser(

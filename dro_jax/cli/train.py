@@ -16,13 +16,13 @@ from etils import epath
 from dro_jax.cli import configuration
 from dro_jax.cli.console import console, format_metrics, progress_bar
 from dro_jax.data.batches import evaluation_batches, train_batches
-from dro_jax.data.feedback import FeedbackFile, RewardStatistics, summarise
+from dro_jax.data.feedback import FeedbackFile, FeedbackSummary, RewardStatistics, summarise
 from dro_jax.data.tasks import count_overlong, feedback_task
 from dro_jax.data.vocabulary import check_vocabulary_fits, load_vocabulary
 from dro_jax.errors import UsageError, check_number
 from dro_jax.networks import T5Config
 from dro_jax.training import checkpoints, loop, partitioning, step, train_state
-from dro_jax.training.algorithms import Algorithm, Examples
+from dro_jax.training.algorithms import Algorithm, Examples, Needs
 from dro_jax.training.optimizers import Adafactor
 
 logger = logging.getLogger(__name__)
@@ -30,10 +30,17 @@ logger = logging.getLogger(__name__)
 TERMINAL_METRICS = {
     "loss/sft": "loss",
     "loss/dro": "loss",
+    "loss/two_sample_dro": "loss",
+    "loss/kto": "loss",
+    "loss/dpo": "loss",
+    "loss/ipo": "loss",
+    "loss/slic": "loss",
     "loss/policy": "policy",
     "loss/value": "value",
     "loss/constant": "best constant",
     "kl/log_ratio_mean": "log-ratio",
+    "kl/z0": "z0",
+    "pairs/accuracy": "pairs right",
     "value/explained_variance": "explained",
     "reward/log_ratio_correlation": "correlation",
     "grad_norm/policy": "gradient: policy",
@@ -116,13 +123,17 @@ def train(
     mesh = rules.mesh()
     partitioning.check_batch_size(mesh, batch_size)
     vocabulary = load_vocabulary(vocabulary_file)
-    check_vocabulary_fits(vocabulary, model.vocab_size)
+    needs = algorithm.needs
+    model = dataclasses.replace(model, reserved_entry=needs.value == "policy")
+    check_vocabulary_fits(vocabulary, model.vocab_size, reserved_entry=model.reserved_entry)
     summary = summarise(feedback)
+    check_pairs(needs, batch_size, summary)
     overlong = count_overlong(
         feedback, vocabulary=vocabulary, lengths=lengths, drop_overlong=drop_overlong
     )
     meta = {
         "model": model.architecture(),
+        "reserved_entry": model.reserved_entry,
         "vocabulary": vocabulary_digest(vocabulary_file),
         "algorithm": algorithm.name,
         "dtype": model.dtype,
@@ -140,7 +151,7 @@ def train(
     }
     transforms = optimizer.transforms()
     layout = train_state.make_layout(
-        model, transforms, has_value=algorithm.has_value, mesh=mesh, rules=rules
+        model, transforms, has_value=needs.value == "network", mesh=mesh, rules=rules
     )
     state, reference = restore(directory, layout, algorithm, init_checkpoint, meta)
     make_directory(directory)
@@ -151,15 +162,15 @@ def train(
     if state is None:
         if reference is None:
             reference = train_state.init_reference(model, seed, layout)
-            if algorithm.has_reference:
+            if needs.reference:
                 logger.warning(
                     "no INIT_CHECKPOINT: the reference has random weights, which suits a trial only"
                 )
         state = train_state.init_state(model, transforms, reference, seed, layout)
         summary.rewards.save_json(directory / STATISTICS)
-        if algorithm.has_reference:
+        if needs.reference:
             checkpoints.save_policy(directory / REFERENCE, reference, meta)
-    if not algorithm.has_reference:
+    if not needs.reference:
         reference = None
     first_step = int(state.step)
     if first_step >= num_steps:
@@ -184,6 +195,9 @@ def train(
         vocabulary=vocabulary,
         statistics=statistics,
         num_input_examples=summary.num_input_examples,
+        min_reward=summary.top_reward,
+        mismatched=needs.mismatched,
+        prompt_ids=needs.pairs,
         drop_overlong=drop_overlong,
     )
 
@@ -205,7 +219,7 @@ def train(
     def log(done: int, metrics: loop.Scalars) -> None:
         writer.write_scalars(done, metrics)
         console.print(f"step {done}/{num_steps}  {format_metrics(metrics, TERMINAL_METRICS)}")
-        if done == 1 and algorithm.has_reference:
+        if done == 1 and needs.reference:
             spread = metrics["kl/log_ratio_std"]
             console.print(f"log-ratio at step 0: standard deviation {spread:.2g} nats")
             if spread > STEP_0_SPREAD:
@@ -286,6 +300,21 @@ def check_settings(
         check_number(f"TASK_FEATURE_LENGTHS[{name!r}]", length, whole=True, at_least=2)
 
 
+def check_pairs(needs: Needs, batch_size: int, summary: FeedbackSummary) -> None:
+    """Raises UsageError where a method's pairs or mismatched responses cannot be had."""
+    if needs.pairs and batch_size % 2:
+        raise UsageError(
+            f"BATCH_SIZE is {batch_size}: this method takes completions two by two; give an even number"
+        )
+    if needs.pairs and not summary.train_pairs:
+        raise UsageError(
+            f"{summary.path}: no training prompt has two completions, which this method compares; give "
+            "more completions a prompt, or another method"
+        )
+    if needs.mismatched and batch_size == 1:
+        logger.warning("batches of one have no mismatched response: KTO's z0 is 0 throughout")
+
+
 def warn_of_changes(then: checkpoints.Meta, now: checkpoints.Meta) -> None:
     """Warns where a resumed run has other settings than the one that saved its checkpoint."""
     before = then.get("settings", {})
@@ -323,10 +352,13 @@ def restore(
     """
     abstract = layout.abstract()
     model = {name: meta[name] for name in ("model", "vocabulary")}
+    if not meta["reserved_entry"]:
+        # Elsewhere a single net's last entry would be taken for a token.
+        model["reserved_entry"] = False
     state = checkpoints.restore_latest(
         directory, abstract, model | {"algorithm": meta["algorithm"]}
     )
-    if state is not None and not algorithm.has_reference:
+    if state is not None and not algorithm.needs.reference:
         return state, None
     if state is not None:
         source, at = checkpoints.find(directory / REFERENCE)
@@ -365,12 +397,12 @@ def held_out_metrics(algorithm: Algorithm, examples: Examples) -> loop.Scalars:
       examples: NumPy arrays [rows, N] of the split.
 
     Returns:
-      Metrics; with a reference also "loss/constant", eq. 4 at pi = pi_ref and the best constant V, which is
+      Metrics; where they have eq. 4's loss also "loss/constant", eq. 4 at pi = pi_ref and the best constant V, which is
       half of the rewards' variance.
     """
     _, metrics = jax.jit(algorithm.loss)(jax.tree.map(jnp.asarray, examples))
     scalars = {name: float(value) for name, value in metrics.items()}
-    if algorithm.has_reference:
+    if "loss/dro" in scalars:
         rewards = np.asarray(examples.reward, np.float64)[np.asarray(examples.weights) > 0]
         scalars["loss/constant"] = float(rewards.var() / 2)
     return scalars

@@ -9,6 +9,8 @@ A feedback file is JSONL, plain or gzip (`.gz`), UTF-8, one JSON object a line:
 thumb: true/false, 1/0, "up"/"down" (also "thumbs up"), "👍"/"👎". Other fields are ignored, and so are blank lines.
 """
 
+import array
+import collections
 import dataclasses
 import gzip
 import hashlib
@@ -46,6 +48,8 @@ class FeedbackFile:
         validation_fraction: the share of prompts held out, in [0, 1).
         skip_bad_rows: count and skip bad rows instead of refusing the file at the first one.
         max_unusable_fraction: the most that bad and empty rows may make up of all rows, in [0, 1].
+        top_fraction: the share of the training rows, those of highest reward, to train on, in (0, 1]; rows
+            as good as the last of them are kept too.
 
     Raises:
         UsageError: a fraction is out of its range.
@@ -55,6 +59,7 @@ class FeedbackFile:
     validation_fraction: float = 0.05
     skip_bad_rows: bool = False
     max_unusable_fraction: float = 0.05
+    top_fraction: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuses a path that is no text, and fractions that are out of range."""
@@ -65,6 +70,8 @@ class FeedbackFile:
             raise UsageError(f"validation_fraction is {held_out!r}; set it in [0, 1)")
         if not (isinstance(unusable, int | float) and 0 <= unusable <= 1):
             raise UsageError(f"max_unusable_fraction is {unusable!r}; set it in [0, 1]")
+        if not (isinstance(self.top_fraction, int | float) and 0 < self.top_fraction <= 1):
+            raise UsageError(f"top_fraction is {self.top_fraction!r}; set it in (0, 1]")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +142,8 @@ class FeedbackSummary:
 
     `rows` counts every row that is not blank: bad, empty and usable. The usable ones are
     `train_rows` + `validation_rows`. `min_reward` and `max_reward` are over all usable rows,
-    `rewards` over the training split alone.
+    `rewards` over the training split alone, before `top_fraction` leaves `top_rows` of it: those with a
+    reward of at least `top_reward`. `train_pairs` counts disjoint pairs of rows of one prompt.
     """
 
     path: str
@@ -146,6 +154,9 @@ class FeedbackSummary:
     empty_completions: int
     train_rows: int
     train_prompts: int
+    train_pairs: int
+    top_rows: int
+    top_reward: float
     validation_rows: int
     validation_prompts: int
     rewards: RewardStatistics
@@ -154,8 +165,8 @@ class FeedbackSummary:
 
     @property
     def num_input_examples(self) -> dict[str, int]:
-        """Usable rows in each split, as SeqIO names them."""
-        return {"train": self.train_rows, "validation": self.validation_rows}
+        """Rows to be used of each split, as SeqIO names them."""
+        return {"train": self.top_rows, "validation": self.validation_rows}
 
     def describe(self) -> str:
         """Returns the summary as a few lines for the log."""
@@ -169,6 +180,10 @@ class FeedbackSummary:
             f"(training split); from {self.min_reward:.6g} to {self.max_reward:.6g}",
             *self.bad_row_messages,
         ]
+        if self.top_rows < self.train_rows:
+            lines.append(
+                f"trained on: the {self.top_rows} rows with a reward of at least {self.top_reward:.6g}"
+            )
         if not self.validation_rows:
             lines.append("the validation split is empty: nothing will be evaluated")
         return "\n".join(lines)
@@ -180,8 +195,13 @@ def split_of(prompt: str, validation_fraction: float) -> Split:
     The prompt's hash, read as a number in [0, 1), is compared with `validation_fraction`: all rows of
     a prompt fall on one side, and stay there when the file grows.
     """
-    position = int.from_bytes(_prompt_digest(prompt), "big") / 2**64
+    position = prompt_id(prompt) / 2**64
     return "validation" if position < validation_fraction else "train"
+
+
+def prompt_id(prompt: str) -> int:
+    """Returns a prompt's hash, in [0, 2^64)."""
+    return int.from_bytes(_prompt_digest(prompt), "big")
 
 
 def read_rows(path: str) -> Iterator[Triplet | UnusableRow]:
@@ -226,7 +246,7 @@ def read_feedback(file: FeedbackFile, split: Split | None = None) -> Iterator[Tr
 def summarise(file: FeedbackFile) -> FeedbackSummary:
     """Returns counts and reward statistics from one pass over a feedback file.
 
-    Memory is constant but for 8 bytes a distinct prompt.
+    Memory is constant but for a few bytes a distinct prompt, and a reward where `top_fraction` is below 1.
 
     Raises:
         UsageError: as `read_feedback`; or the file has no rows, too many unusable rows, an empty
@@ -236,7 +256,11 @@ def summarise(file: FeedbackFile) -> FeedbackSummary:
     bad_row_messages: list[str] = []
     first_unusable = ""
     rows = {"train": 0, "validation": 0}
-    prompts: dict[str, set[bytes]] = {"train": set(), "validation": set()}
+    prompts: dict[str, collections.Counter[bytes]] = {
+        "train": collections.Counter(),
+        "validation": collections.Counter(),
+    }
+    train_rewards = array.array("d")
     mean, squares = 0.0, 0.0
     low, high = math.inf, -math.inf
     for row in read_rows(file.path):
@@ -249,13 +273,15 @@ def summarise(file: FeedbackFile) -> FeedbackSummary:
             continue
         split = split_of(row.prompt, file.validation_fraction)
         rows[split] += 1
-        prompts[split].add(_prompt_digest(row.prompt))
+        prompts[split][_prompt_digest(row.prompt)] += 1
         low, high = min(low, row.reward), max(high, row.reward)
         if split == "train":
             # Welford's recurrence: exact zero for equal rewards, and no cancellation.
             deviation = row.reward - mean
             mean += deviation / rows["train"]
             squares += deviation * (row.reward - mean)
+            if file.top_fraction < 1:
+                train_rewards.append(row.reward)
 
     skipped = sum(unusable.values())
     total = skipped + rows["train"] + rows["validation"]
@@ -275,6 +301,13 @@ def summarise(file: FeedbackFile) -> FeedbackSummary:
         )
     statistics = RewardStatistics(mean, math.sqrt(squares / rows["train"]))
     _check_normalisable(file.path, statistics, rows["train"], low, high)
+    top_rows, top_reward = rows["train"], -math.inf
+    if file.top_fraction < 1:
+        descending = sorted(train_rewards, reverse=True)
+        # 0.07 * 100 is a little more than 7.
+        count = math.ceil(file.top_fraction * len(descending) - 1e-6)
+        top_reward = descending[max(count, 1) - 1]
+        top_rows = sum(reward >= top_reward for reward in descending)
     return FeedbackSummary(
         path=file.path,
         rows=total,
@@ -284,6 +317,9 @@ def summarise(file: FeedbackFile) -> FeedbackSummary:
         empty_completions=unusable["empty completion"],
         train_rows=rows["train"],
         train_prompts=len(prompts["train"]),
+        train_pairs=sum(count // 2 for count in prompts["train"].values()),
+        top_rows=top_rows,
+        top_reward=top_reward,
         validation_rows=rows["validation"],
         validation_prompts=len(prompts["validation"]),
         rewards=statistics,

@@ -3,9 +3,11 @@
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
@@ -13,9 +15,12 @@ from dro_jax.data.feedback import (
     FeedbackFile,
     RewardStatistics,
     Split,
+    Triplet,
+    prompt_id,
     read_feedback,
     split_of,
 )
+from dro_jax.data.mismatched import mismatch_offset
 from dro_jax.errors import UsageError
 
 # Files up to this many rows are shuffled as a whole; a row takes about 8 KB at 512 + 512 tokens.
@@ -28,15 +33,33 @@ _ROWS_A_CHUNK = 128
 class FeedbackSource(seqio.DataSource):
     """Streams the usable rows of a feedback file, in file order.
 
-    Examples are {"inputs": string, "targets": string, "rewards": float64 scalar, raw}.
+    Examples are {"inputs": string, "targets": string, "rewards": float64 scalar, raw}, with
+    "mismatched_targets", the completion of another prompt, and "prompt_ids", int64 [1], where asked for.
     """
 
     def __init__(
-        self, file: FeedbackFile, num_input_examples: Mapping[str, int] | None = None
+        self,
+        file: FeedbackFile,
+        num_input_examples: Mapping[str, int] | None = None,
+        *,
+        min_reward: float = -math.inf,
+        mismatched: bool = False,
+        prompt_ids: bool = False,
     ) -> None:
-        """Reads nothing yet; the number of rows in each split may be given if it is known."""
+        """Reads nothing yet.
+
+        Args:
+            file: what to read, and how to judge and split it.
+            num_input_examples: rows in each split, if it is known.
+            min_reward: training rows with a lower one are left out.
+            mismatched: whether to give each row another one's completion too, always the same.
+            prompt_ids: whether to give each row a number that is its prompt's.
+        """
         super().__init__(splits=("train", "validation"), num_input_examples=num_input_examples)
         self.file = file
+        self.min_reward = min_reward
+        self.mismatched = mismatched
+        self.prompt_ids = prompt_ids
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
@@ -62,23 +85,47 @@ class FeedbackSource(seqio.DataSource):
         if shard_info is not None and shard_info.num_shards > 1:
             raise ValueError(f"one file cannot be read as {shard_info.num_shards} shards")
 
+        signature = {
+            "inputs": tf.TensorSpec([None], tf.string),
+            "targets": tf.TensorSpec([None], tf.string),
+            "rewards": tf.TensorSpec([None], tf.float64),
+        }
+        if self.mismatched:
+            signature["mismatched_targets"] = tf.TensorSpec([None], tf.string)
+        if self.prompt_ids:
+            signature["prompt_ids"] = tf.TensorSpec([None, 1], tf.int64)
+
         def chunks() -> Iterator[dict[str, Any]]:
-            rows = read_feedback(self.file, split)
+            rows = self._rows(split)
+            others = self._mismatched_completions(split) if self.mismatched else iter(())
             while chunk := list(itertools.islice(rows, _ROWS_A_CHUNK)):
-                yield {
+                features: dict[str, Any] = {
                     "inputs": [row.prompt for row in chunk],
                     "targets": [row.completion for row in chunk],
                     "rewards": [row.reward for row in chunk],
+                    "mismatched_targets": list(itertools.islice(others, len(chunk))),
+                    "prompt_ids": [[_signed(prompt_id(row.prompt))] for row in chunk],
                 }
+                yield {name: features[name] for name in signature}
 
-        return tf.data.Dataset.from_generator(
-            chunks,
-            output_signature={
-                "inputs": tf.TensorSpec([None], tf.string),
-                "targets": tf.TensorSpec([None], tf.string),
-                "rewards": tf.TensorSpec([None], tf.float64),
-            },
-        ).unbatch()
+        return tf.data.Dataset.from_generator(chunks, output_signature=signature).unbatch()
+
+    def _rows(self, split: Split) -> Iterator[Triplet]:
+        rows = read_feedback(self.file, split)
+        if split != "train":
+            return rows
+        return (row for row in rows if row.reward >= self.min_reward)
+
+    def _mismatched_completions(self, split: Split) -> Iterator[str]:
+        prompt_ids = np.array([prompt_id(row.prompt) for row in self._rows(split)], np.uint64)
+        offset = mismatch_offset(prompt_ids)
+        for start, stop in ((offset, None), (0, offset)):
+            for row in itertools.islice(self._rows(split), start, stop):
+                yield row.completion
+
+
+def _signed(number: int) -> int:
+    return number - 2**63
 
 
 def feedback_task(
@@ -87,14 +134,17 @@ def feedback_task(
     vocabulary: seqio.Vocabulary,
     statistics: RewardStatistics,
     num_input_examples: Mapping[str, int] | None = None,
+    min_reward: float = -math.inf,
+    mismatched: bool = False,
+    prompt_ids: bool = False,
     drop_overlong: bool = False,
     name: str = "feedback",
 ) -> seqio.Task:
     """Returns the task that turns a feedback file into tokens and normalised rewards.
 
     Features: `inputs` and `targets`, int32 [length], encoded as `encode_prompt` and
-    `encode_completion` do; `rewards`, float32 [1], normalised by `statistics`. Splits: "train" and
-    "validation".
+    `encode_completion` do; `rewards`, float32 [1], normalised by `statistics`; where asked for,
+    `mismatched_targets`, int32 [length], and `prompt_ids`, int64 [1]. Splits: "train" and "validation".
 
     Args:
         file: what to read, and how to judge and split it.
@@ -103,24 +153,38 @@ def feedback_task(
             completion is dropped.
         num_input_examples: rows in each split (`FeedbackSummary.num_input_examples`). Where it is
             known and small, training tokenises once and keeps the examples in memory.
+        min_reward: training rows with a lower raw reward are left out.
+        mismatched: give each example the completion of another prompt too, for KTO.
+        prompt_ids: give each example its prompt's number, to find the others of that prompt.
         drop_overlong: leave out completions that do not fit, instead of cutting them.
         name: of the task, unique among those that are cached.
     """
     text = seqio.Feature(vocabulary=vocabulary, dtype=tf.int32)
+    output_features: dict[str, Any] = {
+        "inputs": text,
+        "targets": text,
+        "rewards": seqio.ContinuousFeature(dtype=tf.float32, rank=1),
+    }
+    if mismatched:
+        output_features["mismatched_targets"] = text
+    if prompt_ids:
+        output_features["prompt_ids"] = seqio.ContinuousFeature(dtype=tf.int64, rank=1)
     return seqio.Task(
         name,
-        source=FeedbackSource(file, num_input_examples),
+        source=FeedbackSource(
+            file,
+            num_input_examples,
+            min_reward=min_reward,
+            mismatched=mismatched,
+            prompt_ids=prompt_ids,
+        ),
         preprocessors=[
             functools.partial(_normalise_rewards, statistics=statistics),
             functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
             seqio.CacheDatasetPlaceholder(),
             functools.partial(_append_end, drop_overlong=drop_overlong),
         ],
-        output_features={
-            "inputs": text,
-            "targets": text,
-            "rewards": seqio.ContinuousFeature(dtype=tf.float32, rank=1),
-        },
+        output_features=output_features,
         shuffle_buffer_size=_SHUFFLE_BUFFER_SIZE,
     )
 
@@ -203,8 +267,12 @@ def _append_end(
         inputs = example["inputs"]
         if sequence_length is not None:
             inputs = inputs[: sequence_length["inputs"] - 1]
-        targets = tf.concat([example["targets"], end], axis=0)
-        return {**example, "inputs": tf.concat([inputs, end], axis=0), "targets": targets}
+        completions: dict[str, tf.Tensor] = {
+            name: tf.concat([example[name], end], axis=0)
+            for name in ("targets", "mismatched_targets")
+            if name in example
+        }
+        return {**example, "inputs": tf.concat([inputs, end], axis=0), **completions}
 
     dataset = dataset.map(append, num_parallel_calls=tf.data.AUTOTUNE)
     if sequence_length is not None and drop_overlong:

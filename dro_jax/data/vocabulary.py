@@ -37,16 +37,25 @@ def load_vocabulary(path: str | None) -> seqio.Vocabulary:
     return vocabulary
 
 
-def check_vocabulary_fits(vocabulary: seqio.Vocabulary, model_vocab_size: int) -> None:
-    """Refuses a vocabulary with more tokens than the model has embeddings.
+def check_vocabulary_fits(
+    vocabulary: seqio.Vocabulary, model_vocab_size: int, *, reserved_entry: bool = False
+) -> None:
+    """Refuses a vocabulary with more tokens than the model has entries for.
+
+    Args:
+        vocabulary: of prompts and completions.
+        model_vocab_size: entries of the model.
+        reserved_entry: whether the last of them is no token.
 
     Raises:
-        UsageError: the vocabulary is larger than `model_vocab_size`.
+        UsageError: the vocabulary is larger.
     """
-    if vocabulary.vocab_size > model_vocab_size:
+    entries = model_vocab_size - reserved_entry
+    if vocabulary.vocab_size > entries:
         raise UsageError(
             f"the vocabulary has {vocabulary.vocab_size} tokens but the model's vocab_size is "
-            f"{model_vocab_size}; give the vocabulary the model was trained with, or raise vocab_size"
+            f"{model_vocab_size}{', the last of which is the value' if reserved_entry else ''}; give the "
+            "vocabulary the model was trained with, or raise vocab_size"
         )
 
 

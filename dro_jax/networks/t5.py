@@ -22,6 +22,10 @@ from dro_jax.errors import check_choice, check_number
 Array = jax.Array
 
 
+MASKED_LOGIT = -1e9
+"""Of an entry that is no token: its probability is exactly 0, and nothing is infinite."""
+
+
 @dataclasses.dataclass(frozen=True)
 class T5Config:
     """Shape of a T5, in T5X's words.
@@ -40,6 +44,8 @@ class T5Config:
       relative_max_distance: distance from which on all positions share the last bucket.
       dtype: compute type, "float32" or "bfloat16"; "auto" is float32 on CPU and bfloat16 elsewhere.
         Parameters, softmax and logits are float32 whatever it is.
+      reserved_entry: whether the last vocabulary entry is no token: its logit is the value V(x) of a single
+        net, and every softmax leaves it out.
     """
 
     vocab_size: int
@@ -54,6 +60,7 @@ class T5Config:
     relative_buckets: int = 32
     relative_max_distance: int = 128
     dtype: str = "auto"
+    reserved_entry: bool = False
 
     def __post_init__(self) -> None:
         """Raises UsageError for sizes that are none and names that are unknown."""
@@ -77,7 +84,7 @@ class T5Config:
     def architecture(self) -> dict[str, Any]:
         """Everything that parameters depend on, JSON-ready: a checkpoint belongs to the model it agrees with."""
         fields = dataclasses.asdict(self)
-        del fields["dtype"]
+        del fields["dtype"], fields["reserved_entry"]
         return fields | {"mlp_activations": list(self.mlp_activations)}
 
 
@@ -448,13 +455,30 @@ class T5(nn.Module):
         Returns:
           float32 [B, To, V].
         """
+        return self.logits_and_values(
+            encoder_input_tokens, decoder_input_tokens, encoder_segment_ids, decoder_segment_ids
+        )[0]
+
+    def logits_and_values(
+        self,
+        encoder_input_tokens: Array,
+        decoder_input_tokens: Array,
+        encoder_segment_ids: Array | None = None,
+        decoder_segment_ids: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """Logits [B, To, V] as of a call, and the raw logit [B, To] of the last vocabulary entry.
+
+        With `reserved_entry` the latter is a single net's V: at an example's first position it has seen the
+        prompt alone.
+        """
         segments = encoder_segments(encoder_input_tokens, encoder_segment_ids)
         encoded = self.encode(encoder_input_tokens, segments)
         if decoder_segment_ids is None:
             decoder_segment_ids = jnp.ones_like(decoder_input_tokens)
         embedded = self.token_embedder(decoder_input_tokens)
         states = self.decoder(embedded, encoded, decoder_segment_ids, segments)
-        return self.logits(states)
+        raw = self._raw_logits(states)
+        return self._mask_reserved(raw), raw[..., -1]
 
     def encode(
         self, encoder_input_tokens: Array, encoder_segment_ids: Array | None = None
@@ -465,6 +489,15 @@ class T5(nn.Module):
 
     def logits(self, states: Array) -> Array:
         """Logits float32 [..., V] of decoder states [..., E]."""
+        return self._mask_reserved(self._raw_logits(states))
+
+    def _mask_reserved(self, raw: Array) -> Array:
+        if not self.config.reserved_entry:
+            return raw
+        is_token = jnp.arange(self.config.vocab_size) < self.config.vocab_size - 1
+        return jnp.where(is_token.reshape((1,) * (raw.ndim - 1) + (-1,)), raw, MASKED_LOGIT)
+
+    def _raw_logits(self, states: Array) -> Array:
         if self.config.logits_via_embedding:
             return self.token_embedder.attend(states * self.config.emb_dim**-0.5)
         return self.decoder.logits(states)

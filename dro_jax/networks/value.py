@@ -49,6 +49,24 @@ class ValueNetwork(nn.Module):
         states = self.decoder(self.token_embedder(start), encoded, start_segments, segments)
         return self.value_head(states)
 
+    def per_token(
+        self,
+        encoder_input_tokens: Array,
+        decoder_input_tokens: Array,
+        encoder_segment_ids: Array | None = None,
+        decoder_segment_ids: Array | None = None,
+    ) -> Array:
+        """Values of every decoder position, float32 [B, To]; arguments as of `T5`.
+
+        The paper's other wording, "a value per token": such a V has seen the response so far.
+        """
+        segments = encoder_segments(encoder_input_tokens, encoder_segment_ids)
+        encoded = self.encoder(self.token_embedder(encoder_input_tokens), segments)
+        if decoder_segment_ids is None:
+            decoder_segment_ids = jnp.ones_like(decoder_input_tokens)
+        embedded = self.token_embedder(decoder_input_tokens)
+        return self.value_head(self.decoder(embedded, encoded, decoder_segment_ids, segments))
+
 
 class ValueHead(nn.Module):
     """Scalar read-out, zero at the start, float32."""

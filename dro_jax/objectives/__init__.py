@@ -16,10 +16,10 @@ from dro_jax.objectives.dro import (
     two_sample_dro_loss,
 )
 from dro_jax.objectives.kto import kto_loss, kto_threshold, kto_z0
-from dro_jax.objectives.pairs import pair_weights, same_prompt_pairs
+from dro_jax.objectives.pairs import pair_weights
 from dro_jax.objectives.pairwise import pairwise_loss
 from dro_jax.objectives.per_example import weighted_mean
-from dro_jax.objectives.sft import reward_filtered_weights, sft_loss
+from dro_jax.objectives.sft import sft_loss
 
 __all__ = [
     "alignment_diagnostics",
@@ -31,8 +31,6 @@ __all__ = [
     "kto_z0",
     "pair_weights",
     "pairwise_loss",
-    "reward_filtered_weights",
-    "same_prompt_pairs",
     "sft_loss",
     "two_sample_dro_loss",
     "weighted_mean",

@@ -48,8 +48,7 @@ def pairwise_loss(
 
     Args:
       policy_log_prob: log pi(y|x) summed over tokens, nats, shape [..., 2]: the last axis holds two
-        responses to one prompt, in any order. `same_prompt_pairs` makes such arrays from a batch.
-        All arrays share the shape.
+        responses to one prompt, in any order. All arrays share the shape.
       reference_log_prob: log pi_ref(y|x), nats; receives no gradient.
       reward: r(x, y); only its order in a pair matters.
       weights: 1 for a real example, 0 for padding, whose entries may hold anything, even NaN; a

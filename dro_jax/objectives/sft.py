@@ -1,4 +1,4 @@
-"""Supervised fine-tuning, plain or on the examples of high reward only."""
+"""Supervised fine-tuning."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,8 @@ def sft_loss(
     """Returns the negative log-likelihood per token: -sum_i w_i log pi(y_i|x_i) / sum_i w_i n_i.
 
     The mean is over the batch's tokens, T5X's convention, so a long response counts for more than a
-    short one. For reward-filtered SFT pass the weights of `reward_filtered_weights`.
+    short one. For reward-filtered SFT the data leave the other examples out
+    (`dro_jax.data.feedback.FeedbackFile.top_fraction`).
 
     Args:
       policy_log_prob: log pi(y|x) summed over tokens, nats. All arrays share one shape, e.g. [B, N].
@@ -52,26 +53,3 @@ def sft_loss(
         total_tokens = jnp.sum(weights * target_tokens)
     loss = weighted_mean(-policy_log_prob, weights, total_tokens)
     return loss, {"loss/sft": loss}
-
-
-def reward_filtered_weights(
-    *, reward: jax.Array, weights: jax.Array, threshold: Scalar
-) -> jax.Array:
-    """Returns the weights with 0 for the examples whose reward is below the threshold.
-
-    To train on the top fraction by reward, the threshold is that quantile of the training split's
-    rewards, in the units of `reward` (normalised or not); ties with it are kept.
-
-    Raises:
-      ValueError: the shapes differ, or the threshold is not a scalar.
-      TypeError: an array is not float32 or float64.
-
-    >>> import jax.numpy as jnp
-    >>> reward_filtered_weights(
-    ...     reward=jnp.array([0.5, 1.5, 2.0]), weights=jnp.array([1.0, 1.0, 0.0]), threshold=1.0
-    ... ).tolist()
-    [0.0, 1.0, 0.0]
-    """
-    check_arrays(reward=reward, weights=weights)
-    check_scalars(threshold=threshold)
-    return jnp.where(reward >= threshold, weights, 0)

@@ -30,14 +30,7 @@ def sequence_log_prob(config: T5Config, policy: Any, batch: Batch) -> Array:
     Returns:
       float32 [B, N], nats.
     """
-    logits: Any = T5(config).apply(
-        {"params": policy},
-        batch["encoder_input_tokens"],
-        batch["decoder_input_tokens"],
-        batch.get("encoder_segment_ids"),
-        batch.get("decoder_segment_ids"),
-    )
-    return _sum(token_log_probs(logits, batch["decoder_target_tokens"]), batch)
+    return _log_prob_and_last_logits(config, policy, batch)[0]
 
 
 def example_arrays(
@@ -49,33 +42,60 @@ def example_arrays(
       config: shape of all networks.
       algorithm: the method.
       params: {"policy": tree, "value": tree}.
-      reference: parameters of pi_ref; None when the batch carries reference_log_probs or none is needed.
-      batch: the batch contract.
+      reference: parameters of pi_ref; None when the batch carries reference_log_probs (and
+        mismatched_reference_log_probs, where the method needs them) or none is needed.
+      batch: the batch contract; for methods with mismatched responses also their
+        mismatched_decoder_input_tokens, _target_tokens and _loss_weights.
 
     Returns:
       Arrays [B, N], differentiable in `params` and not in `reference`.
     """
-    reference_log_prob = None
-    if algorithm.has_reference:
-        if "reference_log_probs" in batch:
-            reference_log_prob = batch["reference_log_probs"]
-        else:
-            reference_log_prob = sequence_log_prob(config, jax.lax.stop_gradient(reference), batch)
-    value: Any = None
-    if algorithm.has_value:
-        value = ValueNetwork(config).apply(
-            {"params": params["value"]},
-            batch["encoder_input_tokens"],
-            batch.get("encoder_segment_ids"),
-            batch["rewards"].shape[1],
-        )
+    needs = algorithm.needs
+    target_tokens = _count_targets(batch)
+
+    def log_prob_of_reference(of: Batch, cached: str) -> Array:
+        if cached in batch:
+            return batch[cached]
+        return sequence_log_prob(config, jax.lax.stop_gradient(reference), of)
+
+    def reduced(log_prob: Array, tokens: Array) -> Array:
+        return log_prob / jnp.maximum(tokens, 1) if needs.token_mean else log_prob
+
+    policy_log_prob, last_logits = _log_prob_and_last_logits(config, params["policy"], batch)
+    policy_log_prob = reduced(policy_log_prob, target_tokens)
+    reference_log_prob = mismatched_policy = mismatched_reference = None
+    if needs.reference:
+        reference_log_prob = log_prob_of_reference(batch, "reference_log_probs")
+        reference_log_prob = reduced(reference_log_prob, target_tokens)
+    if needs.mismatched:
+        other = _mismatched(batch)
+        tokens = _count_targets(other)
+        # The estimate of the KL has no gradient.
+        policy = jax.lax.stop_gradient(params["policy"])
+        mismatched_policy = reduced(sequence_log_prob(config, policy, other), tokens)
+        mismatched_reference = log_prob_of_reference(other, "mismatched_reference_log_probs")
+        mismatched_reference = reduced(mismatched_reference, tokens)
+
+    value, value_variance = None, None
+    if needs.value is not None and needs.per_token_values:
+        per_token = last_logits
+        if needs.value == "network":
+            per_token = _per_token_values(config, params["value"], batch)
+        value, value_variance = _mean_and_variance(per_token, target_tokens, batch)
+    elif needs.value == "policy":
+        value = _sum(last_logits * _starts(batch), batch)
+    elif needs.value == "network":
+        value = _values(config, params["value"], batch)
     return Examples(
-        policy_log_prob=sequence_log_prob(config, params["policy"], batch),
+        policy_log_prob=policy_log_prob,
         reference_log_prob=reference_log_prob,
         value=value,
+        value_variance=value_variance,
+        mismatched_policy_log_prob=mismatched_policy,
+        mismatched_reference_log_prob=mismatched_reference,
         reward=batch["rewards"],
         weights=batch["reward_weights"],
-        target_tokens=_sum(jnp.ones(batch["decoder_target_tokens"].shape, jnp.float32), batch),
+        target_tokens=target_tokens,
     )
 
 
@@ -101,7 +121,7 @@ def make_train_step(
 
     def train_step(state: TrainState, reference: Any, batch: Batch) -> tuple[TrainState, Metrics]:
         params = {"policy": state.policy}
-        if algorithm.has_value:
+        if algorithm.needs.value == "network":
             params["value"] = state.value
 
         def loss_fn(params: dict[str, Any]) -> tuple[Array, Metrics]:
@@ -155,7 +175,67 @@ def batch_metrics(batch: Batch) -> Metrics:
     }
 
 
+def _log_prob_and_last_logits(config: T5Config, policy: Any, batch: Batch) -> tuple[Array, Array]:
+    """log pi(y|x) [B, N], and the last vocabulary entry's logit at every decoder position [B, To]."""
+    outputs: Any = T5(config).apply({"params": policy}, *_tokens(batch), method="logits_and_values")
+    logits, last_logits = outputs
+    return _sum(token_log_probs(logits, batch["decoder_target_tokens"]), batch), last_logits
+
+
+def _values(config: T5Config, value: Any, batch: Batch) -> Array:
+    values: Any = ValueNetwork(config).apply(
+        {"params": value},
+        batch["encoder_input_tokens"],
+        batch.get("encoder_segment_ids"),
+        batch["rewards"].shape[1],
+    )
+    return values
+
+
+def _per_token_values(config: T5Config, value: Any, batch: Batch) -> Array:
+    values: Any = ValueNetwork(config).apply({"params": value}, *_tokens(batch), method="per_token")
+    return values
+
+
+def _tokens(batch: Batch) -> tuple[Array | None, ...]:
+    names = ("encoder_input_tokens", "decoder_input_tokens")
+    segments = ("encoder_segment_ids", "decoder_segment_ids")
+    return (*(batch[name] for name in names), *(batch.get(name) for name in segments))
+
+
+def _mismatched(batch: Batch) -> Batch:
+    """The batch with other prompts' responses in place of its own."""
+    prefix = "mismatched_"
+    return batch | {
+        name.removeprefix(prefix): array
+        for name, array in batch.items()
+        if name.startswith(f"{prefix}decoder")
+    }
+
+
+def _starts(batch: Batch) -> Array:
+    """1 at the first decoder position of each example, 0 elsewhere: float32 [B, To]."""
+    segments = batch.get("decoder_segment_ids", jnp.ones_like(batch["decoder_input_tokens"]))
+    before = jnp.pad(segments, ((0, 0), (1, 0)))[:, :-1]
+    return ((segments > 0) & (segments != before)).astype(jnp.float32)
+
+
+def _mean_and_variance(per_token: Array, target_tokens: Array, batch: Batch) -> tuple[Array, Array]:
+    """Mean and population variance [B, N] over each response's positions of a quantity [B, To]."""
+    count = jnp.maximum(target_tokens, 1)
+    mean = _sum(per_token, batch) / count
+    # Where rows are not packed every position belongs to example 0.
+    segments = batch.get("decoder_segment_ids", jnp.ones(per_token.shape, jnp.int32))
+    mean_at_position = jnp.take_along_axis(mean, jnp.maximum(segments - 1, 0), axis=1)
+    return mean, _sum((per_token - mean_at_position) ** 2, batch) / count
+
+
+def _count_targets(batch: Batch) -> Array:
+    return _sum(jnp.ones(batch["decoder_target_tokens"].shape, jnp.float32), batch)
+
+
 def _sum(per_token: Array, batch: Batch) -> Array:
+    """The sum [B, N] over each example's target tokens of a quantity [B, To]."""
     return sum_by_example(
         per_token,
         batch["decoder_loss_weights"],

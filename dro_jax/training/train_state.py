@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from flax.core import meta
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from dro_jax.networks import T5, T5Config, ValueNetwork
@@ -79,6 +80,18 @@ def value_from_policy(policy: Tree, value: Tree) -> Tree:
         else policy.get(name, tree)
         for name, tree in value.items()
     }
+
+
+def zero_last_entry(config: T5Config, policy: Tree) -> Tree:
+    """The policy with 0 for what makes the last vocabulary entry's logit, so that a single net's V starts at 0."""
+    flat = flatten_dict(policy, sep="/")
+    if config.logits_via_embedding:
+        name = "token_embedder/embedding"
+        flat[name] = flat[name].at[-1].set(0)
+    else:
+        name = "decoder/logits_dense/kernel"
+        flat[name] = flat[name].at[:, -1].set(0)
+    return unflatten_dict(flat, sep="/")
 
 
 def make_layout(
@@ -155,6 +168,8 @@ def init_state(
 
     def init(reference: Tree) -> TrainState:
         policy = jax.tree.map(jnp.copy, reference)
+        if config.reserved_entry:
+            policy = zero_last_entry(config, policy)
         opt_state = {"policy": transforms["policy"].init(policy)}
         value: Tree = {}
         if layout.shapes.value:

@@ -29,7 +29,7 @@ def short_demo(command, monkeypatch):
     return command
 
 
-def test_the_demo_writes_what_it_promises_and_goes_on(short_demo, tmp_path):
+def test_the_demo_writes_what_it_promises_and_goes_on(short_demo, monkeypatch, tmp_path):
     workdir = tmp_path / "demo"
     first = short_demo("demo", "--workdir", str(workdir))
     assert first.code == 0, first
@@ -43,10 +43,29 @@ def test_the_demo_writes_what_it_promises_and_goes_on(short_demo, tmp_path):
         assert (workdir / place).exists()
     assert "win rate of the exact optimum" in first.out
 
-    again = short_demo("demo", "--workdir", str(workdir), "--algorithm", "dro_p")
+    # As "all" does, with three of them.
+    monkeypatch.setattr(demo, "ALGORITHMS", ("dro_v", "dro_v_single_net_single_value", "kto"))
+    again = short_demo("demo", "--workdir", str(workdir), "--algorithm", "all")
     assert again.code == 0, again
-    assert "already at step 2 of 2" in again.out
-    assert "no value network" in again.out
-    summary = json.loads((workdir / "summary.json").read_text())
-    assert summary["algorithm"] == "dro_p"
-    assert summary["value_error"] is None
+    assert again.out.count("already at step 2 of 2") == 4
+    summaries = {
+        name: json.loads((workdir / name / "summary.json").read_text()) for name in demo.ALGORITHMS
+    }
+    assert {name: summary["algorithm"] for name, summary in summaries.items()} == {
+        name: name for name in demo.ALGORITHMS
+    }
+    assert summaries["kto"] == json.loads((workdir / "summary.json").read_text())
+    assert "this method has no V" in again.out
+    lines = (workdir / "algorithms.md").read_text().splitlines()
+    assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {name}" for name in summaries]
+    for line, summary in zip(lines[2:], summaries.values(), strict=True):
+        error = summary["value_error"]
+        assert (error is None) == (summary["algorithm"] == "kto")
+        assert line.split(" | ")[6] == ("-" if error is None else f"{error:.3f}")
+
+
+def test_an_unknown_algorithm_is_refused(command, tmp_path):
+    result = command("demo", "--workdir", str(tmp_path / "demo"), "--algorithm", "ppo")
+    assert result.code == 2
+    assert result.err.startswith("dro_jax: --algorithm ppo: choose one of dro_v, ")
+    assert not (tmp_path / "demo").exists()

@@ -17,6 +17,7 @@ def paths(tmp_path):
     from etils import epath
 
     folder = epath.Path(tmp_path)
+    (folder / "dro_v").mkdir()
     return demo.Paths(
         data=folder / "feedback.jsonl",
         sft=folder / "sft",
@@ -117,6 +118,7 @@ def test_the_interval_is_over_prompts(paths):
     assert summary["seconds"] == 12.5
     assert summary["optimum_win_rate"] == DISTANCE.optimum_win_rate
     assert json.loads(paths.summary.read_text()) == summary
+    assert json.loads((paths.aligned / "summary.json").read_text()) == summary
     assert [json.loads(line) for line in paths.samples.read_text().splitlines()] == samples
 
 

@@ -13,6 +13,7 @@ from dro_jax.cli import train as train_module
 from dro_jax.errors import UsageError
 from dro_jax.networks import T5Config
 from dro_jax.training import train_state
+from dro_jax.training.algorithms import DroP, DroV, Kto, Needs, Pairwise, Sft, TwoSampleDro
 from dro_jax.training.loop import Periods
 from dro_jax.training.optimizers import Adafactor
 from dro_jax.training.partitioning import Partitioning
@@ -22,7 +23,25 @@ FILES = sorted(str(path.relative_to(ROOT)) for path in ROOT.rglob("*.gin"))
 MODELS = [name for name in FILES if name.startswith("models/")]
 ALGORITHMS = [name for name in FILES if name.startswith("algorithms/")]
 BASE = "runs/train.gin"
-RUNS = [name for name in FILES if name not in (*MODELS, *ALGORITHMS, BASE)]
+WITHOUT_A_METHOD = "runs/demo_align.gin"
+RUNS = [name for name in FILES if name not in (*MODELS, *ALGORITHMS, BASE, WITHOUT_A_METHOD)]
+
+METHODS = {
+    "dro_v": DroV(),
+    "dro_v_single_value": DroV(values="single"),
+    "dro_v_single_net": DroV(networks="single"),
+    "dro_v_single_net_single_value": DroV(values="single", networks="single"),
+    "dro_v_per_token": DroV(values="per_token"),
+    "dro_p": DroP(),
+    "dro_two_sample": TwoSampleDro(),
+    "kto": Kto(tau=5.0),
+    "kto_labels": Kto(tau=0.1, desirable="above_dataset_mean"),
+    "dpo": Pairwise(kind="dpo"),
+    "ipo": Pairwise(kind="ipo"),
+    "slic": Pairwise(kind="slic"),
+    "sft": Sft(),
+    "sft_filtered": Sft(),
+}
 
 REQUIRED = ["FEEDBACK_FILE = 'feedback.jsonl'", "MODEL_DIR = 'out'"]
 
@@ -44,14 +63,16 @@ def check_run():
     assert (arguments["feedback"].path, arguments["model_dir"]) == ("feedback.jsonl", "out")
     assert {"inputs", "targets"} <= set(arguments["lengths"])
     assert set(arguments["optimizer"].transforms()) == {"policy", "value"}
-    assert callable(arguments["algorithm"].loss)
-    assert arguments["algorithm"].name
+    assert isinstance(arguments["algorithm"].needs, Needs)
     return arguments
 
 
 def test_the_files_are_found():
     assert len(MODELS) >= 12
-    assert len(ALGORITHMS) >= 2
+    assert {name.removeprefix("algorithms/") for name in ALGORITHMS} == {
+        f"{name}.gin" for name in METHODS
+    }
+    assert {name for name in METHODS if name != "sft"} == set(demo.ALGORITHMS)
     assert {"runs/dro_v_tiny.gin", "runs/sft_tiny.gin", "runs/demo_sft.gin"} <= set(RUNS)
 
 
@@ -61,10 +82,23 @@ def test_every_run_builds_its_parts(name):
     check_run()
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
-def test_every_algorithm_builds(name):
-    configuration.load([BASE, "models/tiny.gin", name], REQUIRED)
-    assert check_run()["model"].vocab_size == 384
+@pytest.mark.parametrize("name", METHODS)
+def test_every_algorithm_is_the_method_its_name_says(name):
+    configuration.load([BASE, "models/tiny.gin", f"algorithms/{name}.gin"], REQUIRED)
+    arguments = check_run()
+    assert arguments["model"].vocab_size == 384
+    assert arguments["algorithm"] == METHODS[name]
+    top_fraction = 0.25 if name == "sft_filtered" else 1.0
+    assert arguments["feedback"].top_fraction == top_fraction
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if not name.startswith("sft")])
+def test_tau_and_the_rest_are_one_binding_away(name):
+    method = type(METHODS[name]).__name__
+    bindings = ["TAU = 0.3", f"algorithms.{method}.log_probs = 'mean'"]
+    configuration.load([WITHOUT_A_METHOD, f"algorithms/{name}.gin"], [*REQUIRED, *bindings])
+    algorithm = check_run()["algorithm"]
+    assert (algorithm.tau, algorithm.log_probs) == (0.3, "mean")
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -107,9 +141,11 @@ def test_sizes_of_published_checkpoints(name, count):
     assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes)) == count
 
 
-@pytest.mark.parametrize("name", ["runs/demo_sft.gin", "runs/demo_dro_v.gin"])
-def test_the_demo_and_its_gin_files_agree(name):
-    configuration.load([name], REQUIRED)
+@pytest.mark.parametrize(
+    "names", [["runs/demo_sft.gin"], [WITHOUT_A_METHOD, "algorithms/dro_v.gin"]]
+)
+def test_the_demo_and_its_gin_files_agree(names):
+    configuration.load(names, REQUIRED)
     arguments = check_run()
     assert arguments["feedback"].validation_fraction == demo.VALIDATION_FRACTION
     assert getattr(arguments["algorithm"], "tau", demo.TAU) == demo.TAU

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 
 import numpy as np
 import pytest
@@ -292,12 +293,46 @@ def test_one_split_may_not_and_the_other_may_be_empty(path):
 
 
 @pytest.mark.parametrize(
-    "fractions", [{"validation_fraction": 1.0}, {"max_unusable_fraction": -0.1}]
+    ("fractions", "interval"),
+    [
+        ({"validation_fraction": 1.0}, "[0, 1)"),
+        ({"max_unusable_fraction": -0.1}, "[0, 1]"),
+        ({"top_fraction": 0}, "(0, 1]"),
+        ({"top_fraction": 1.01}, "(0, 1]"),
+        ({"top_fraction": math.nan}, "(0, 1]"),
+        ({"top_fraction": "0.5"}, "(0, 1]"),
+    ],
 )
-def test_fractions_out_of_range(fractions):
+def test_fractions_out_of_range(fractions, interval):
     (name,) = fractions
-    with pytest.raises(UsageError, match=rf"^{name} is .*; set it in \[0, 1"):
+    with pytest.raises(UsageError, match=rf"^{name} is .*; set it in {re.escape(interval)}$"):
         FeedbackFile("rows.jsonl", **fractions)
+
+
+@pytest.mark.parametrize(
+    ("fraction", "rows", "reward"),
+    [
+        (1.0, 6, -math.inf),
+        (0.99, 6, 1),
+        (5 / 6, 5, 2),
+        (0.5, 5, 2),
+        (0.34, 5, 2),
+        (2 / 6, 2, 3),
+        (0.01, 1, 5),
+    ],
+)
+def test_top_rows_are_the_best_of_the_training_split_with_their_ties(path, fraction, rows, reward):
+    prompts = {feedback.split_of(p, 0.3): p for p in map(str, range(99))}
+    lines = [row(prompts["train"], r) for r in (3, 1, 2, 2, 5, 2)]
+    lines += [row(prompts["validation"], r) for r in (9, -9)]
+    summary = feedback.summarise(FeedbackFile(write(path, *lines), 0.3, top_fraction=fraction))
+    assert (summary.top_rows, summary.top_reward) == (rows, reward)
+    assert summary.num_input_examples == {"train": rows, "validation": 2}
+    assert summary.train_rows == 6
+    assert math.isclose(summary.rewards.mean, 2.5)
+    assert math.isclose(summary.rewards.std, np.std([3, 1, 2, 2, 5, 2]))
+    line = f"trained on: the {rows} rows with a reward of at least {reward}"
+    assert (line in summary.describe().split("\n")) == (rows < 6)
 
 
 def test_statistics_survive_the_round_trip(tmp_path):

@@ -1,5 +1,6 @@
 """The SeqIO task: tokens as the encoders give them, normalised rewards, limits; the converter."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -63,6 +64,26 @@ def test_task_without_limits_cuts_nothing(file):
     examples = list(task.get_dataset(None, "train", shuffle=False).as_numpy_iterator())
     assert max(len(example["targets"]) for example in examples) == 161
     assert all(example["targets"][-1] == 1 for example in examples)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_only_the_best_training_rows_and_all_validation_rows(file, split):
+    file = dataclasses.replace(file, top_fraction=0.4)
+    summary = feedback.summarise(file)
+    task = tasks.feedback_task(
+        file,
+        vocabulary=load_vocabulary(None),
+        statistics=summary.rewards,
+        min_reward=summary.top_reward,
+    )
+    examples = list(task.get_dataset(None, split, shuffle=False).as_numpy_iterator())
+    rewards = [row.reward for row in feedback.read_feedback(file, split)]
+    if split == "train":
+        assert min(rewards) < summary.top_reward in rewards
+        rewards = [reward for reward in rewards if reward >= summary.top_reward]
+    assert len(rewards) == summary.num_input_examples[split]
+    expected = np.float32([summary.rewards.normalise(reward) for reward in rewards])
+    np.testing.assert_array_equal(np.concatenate([e["rewards"] for e in examples]), expected)
 
 
 def test_overlong_texts_are_counted_and_dropped_on_demand(tmp_path):
@@ -159,6 +180,35 @@ def test_converter_by_hand():
     }
     for name, array in expected.items():
         np.testing.assert_array_equal(second[name], array, strict=True)
+
+
+def test_converter_of_optional_features_by_hand():
+    example = {
+        "inputs": np.int32([7, 1]),
+        "targets": np.int32([3, 9, 1]),
+        "rewards": np.float32([-0.75]),
+        "mismatched_targets": np.int32([6, 1]),
+        "prompt_ids": np.int64([-(2**63)]),
+    }
+    dataset = tf.data.Dataset.from_tensors(example)
+    lengths = {"inputs": 3, "targets": 3, "mismatched_targets": 4}
+    converter = FeedbackFeatureConverter(mismatched=True, prompt_ids=True)
+    (batch,) = converter(dataset, {**lengths, "rewards": 1, "prompt_ids": 1}).as_numpy_iterator()
+    expected = {
+        "encoder_input_tokens": np.int32([7, 1, 0]),
+        "decoder_input_tokens": np.int32([0, 3, 9]),
+        "decoder_target_tokens": np.int32([3, 9, 1]),
+        "decoder_loss_weights": np.int32([1, 1, 1]),
+        "rewards": np.float32([-0.75]),
+        "reward_weights": np.float32([1]),
+        "mismatched_decoder_input_tokens": np.int32([0, 6, 1, 0]),
+        "mismatched_decoder_target_tokens": np.int32([6, 1, 0, 0]),
+        "mismatched_decoder_loss_weights": np.int32([1, 1, 0, 0]),
+        "prompt_ids": np.int64([-(2**63)]),
+    }
+    assert set(batch) == set(expected)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(batch[name], array, strict=True)
 
 
 def test_converter_refuses_to_pack():

@@ -51,6 +51,11 @@ def test_vocabulary_has_to_fit_the_model():
     vocabulary.check_vocabulary_fits(seqio.ByteVocabulary(), 259)
     with pytest.raises(UsageError, match=r"has 259 tokens but the model's vocab_size is 258; give"):
         vocabulary.check_vocabulary_fits(seqio.ByteVocabulary(), 258)
+    vocabulary.check_vocabulary_fits(seqio.ByteVocabulary(), 260, reserved_entry=True)
+    with pytest.raises(
+        UsageError, match=r"vocab_size is 259, the last of which is the value; give"
+    ):
+        vocabulary.check_vocabulary_fits(seqio.ByteVocabulary(), 259, reserved_entry=True)
 
 
 @pytest.mark.parametrize(

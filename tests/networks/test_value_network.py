@@ -1,6 +1,7 @@
 """The value network V(x): zero at the start, yet learning; the policy's stacks with a head of its own."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -84,6 +85,20 @@ def test_a_value_is_the_head_on_the_policys_decoder_state_at_the_start_token(ran
     expected = np.asarray(states, np.float64) @ np.asarray(kernel) + np.asarray(bias)
     assert np.abs(values - expected).max() <= 1e-5
     assert np.ptp(values) > 0.1
+
+
+def test_values_a_token_see_the_prompt_and_the_past_alone(random_params):
+    module = ValueNetwork(SMALL)
+    params = random_params(module, PROMPTS)
+    first = jnp.asarray([[0, 4, 9, 3], [0, 8, 1, 0], [0, 2, 2, 2]], jnp.int32)
+    second = first.at[:, 2:].set(30)
+    per_token = jax.jit(functools.partial(module.apply, method="per_token"))
+    values, others = (per_token({"params": params}, PROMPTS, inputs) for inputs in (first, second))
+    assert values.shape == (3, 4)
+    one_a_prompt = jax.jit(module.apply)({"params": params}, PROMPTS)
+    np.testing.assert_allclose(values[:, :1], one_a_prompt, atol=1e-5)
+    np.testing.assert_array_equal(values[:, :2], others[:, :2])
+    assert np.abs(values[:, 2:] - others[:, 2:]).min() > 1e-4
 
 
 def test_values_of_a_bfloat16_network_are_float32():

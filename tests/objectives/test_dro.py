@@ -10,8 +10,6 @@ from dro_jax.objectives import (
     dro_p_loss,
     dro_v_loss,
     pair_weights,
-    pairwise_loss,
-    same_prompt_pairs,
     two_sample_dro_loss,
     weighted_mean,
 )
@@ -288,63 +286,8 @@ class TestTwoSample:
         )
 
 
-class TestSamePromptPairs:
-    def test_pairs_of_a_batch_against_loops(self, double_precision, random_batch):
-        tau, batch = 0.3, without_value(random_batch(6, (5, 2)))
-        prompt_id = np.array([[1, 2], [1, 3], [2, 2], [3, 1], [2, 9]])
-        flat = {name: np.ravel(array) for name, array in batch.items()}
-        ids, squares = np.ravel(prompt_id), []
-        for i in range(10):
-            for j in range(i):
-                if ids[i] == ids[j] and flat["weights"][i] * flat["weights"][j] > 0:
-                    a, b = (
-                        flat["reward"][k]
-                        - tau * (flat["policy_log_prob"][k] - flat["reference_log_prob"][k])
-                        for k in (i, j)
-                    )
-                    squares.append((a - b) ** 2)
-        assert len(squares) > 1
-
-        @jax.jit
-        def paired_loss(prompt_id, batch):
-            return two_sample_dro_loss(**same_prompt_pairs(prompt_id=prompt_id, **batch), tau=tau)
-
-        loss, metrics = paired_loss(prompt_id, batch)
-        np.testing.assert_allclose(loss, np.mean(squares) / 2, rtol=1e-12)
-        assert metrics["pairs/count"] == len(squares)
-
-    def test_padding_pairs_with_nothing_and_passes_no_gradient(self):
-        prompt_id, weights = jnp.array([1, 1, 1]), jnp.array([1.0, 0.0, 1.0])
-        reward = jnp.array([0.0, 0.0, 1.0])
-
-        def loss(policy_log_prob):
-            pairs = same_prompt_pairs(
-                prompt_id=prompt_id,
-                weights=weights,
-                policy_log_prob=policy_log_prob,
-                reference_log_prob=jnp.zeros(3),
-                reward=reward,
-            )
-            return pairwise_loss(**pairs, tau=1.0, kind="ipo")[0]
-
-        gradient = jax.jit(jax.grad(loss))(jnp.array([0.0, jnp.nan, 0.0]))
-        np.testing.assert_array_equal(gradient, [2.0, 0.0, -2.0])
-
-    def test_a_batch_of_one_has_no_pair(self):
-        one = {name: jnp.ones((1, 1)) for name in TRIPLETS}
-        pairs = same_prompt_pairs(prompt_id=jnp.zeros((1, 1), jnp.int32), **one)
-        loss, metrics = two_sample_dro_loss(**pairs, tau=1.0)
-        assert loss == 0
-        assert metrics["pairs/count"] == 0
-
-    def test_mistakes(self):
-        with pytest.raises(ValueError, match=r"prompt_id has shape \(3, 1\).*\(3,\)"):
-            same_prompt_pairs(prompt_id=jnp.ones((3, 1), jnp.int32), weights=jnp.ones(3))
-        with pytest.raises(TypeError, match="prompt_id has dtype float32"):
-            same_prompt_pairs(prompt_id=jnp.ones(3), weights=jnp.ones(3))
-
-    def test_pair_weights(self):
-        weights = jnp.array([[2.0, 3.0], [1.0, 1.0]])
-        np.testing.assert_array_equal(pair_weights(weights), [6.0, 1.0])
-        reward = jnp.array([[0.0, 1.0], [0.5, 0.5]])
-        np.testing.assert_array_equal(pair_weights(weights, reward), [6.0, 0.0])
+def test_pair_weights():
+    weights = jnp.array([[2.0, 3.0], [1.0, 1.0]])
+    np.testing.assert_array_equal(pair_weights(weights), [6.0, 1.0])
+    reward = jnp.array([[0.0, 1.0], [0.5, 0.5]])
+    np.testing.assert_array_equal(pair_weights(weights, reward), [6.0, 0.0])

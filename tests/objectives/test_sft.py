@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dro_jax.objectives import reward_filtered_weights, sft_loss
+from dro_jax.objectives import sft_loss
 
 BY_HAND = {
     "policy_log_prob": jnp.array([-6.0, -1.0, 100.0]),
@@ -32,10 +32,3 @@ def test_numpy_oracle(double_precision, random_batch):
             nats -= batch["policy_log_prob"][slot]
             tokens += batch["target_tokens"][slot]
     np.testing.assert_allclose(sft_loss(**batch)[0], nats / tokens, rtol=1e-12)
-
-
-def test_reward_filtered_sft_is_sft_on_what_is_left():
-    reward = jnp.array([0.1, 0.7, jnp.nan])
-    weights = reward_filtered_weights(reward=reward, weights=BY_HAND["weights"], threshold=0.7)
-    np.testing.assert_array_equal(weights, [0.0, 1.0, 0.0])
-    assert sft_loss(**BY_HAND | {"weights": weights})[0] == 0.25

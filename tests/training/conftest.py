@@ -105,7 +105,7 @@ def make_bench(
     layout = train_state.make_layout(
         config,
         optimizer.transforms(),
-        has_value=algorithm.has_value,
+        has_value=algorithm.needs.value == "network",
         mesh=Mesh(devices, partitioning.MESH_AXES),
         rules=partitioning.Partitioning(),
     )
