@@ -31,11 +31,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     plain, bindings = _split_gin_bindings(sys.argv[1:] if arguments is None else arguments)
     parsed = _parser().parse_args(plain)
     try:
-        if parsed.command == "train":
-            return _train(parsed, bindings)
+        if parsed.command in ("train", "cache"):
+            return _configured(parsed, bindings)
         if bindings:
-            raise UsageError(f"--gin.{bindings[0]}: only `dro_jax train` takes gin flags")
-        return _demo(parsed) if parsed.command == "demo" else _generate(parsed)
+            raise UsageError(
+                f"--gin.{bindings[0]}: only `dro_jax train` and `cache` take gin flags"
+            )
+        commands = {"demo": _demo, "check": _check, "generate": _generate}
+        return commands[parsed.command](parsed)
     except (UsageError, DivergenceError) as error:
         # Gin adds lines about the call that raised it.
         print(f"dro_jax: {str(error).splitlines()[0]}", file=sys.stderr)
@@ -76,24 +79,55 @@ def _parser() -> argparse.ArgumentParser:
         help="a file of gin_configs/algorithms, such as kto, or all (default: %(default)s)",
     )
 
-    train = commands.add_parser(
-        "train",
-        help="train on a feedback file; the same command goes on after an interruption",
-        epilog="Any setting of the gin files: --gin.NAME=VALUE, strings with quotes of their own, as in "
-        "--gin.FEEDBACK_FILE=\"'my.jsonl'\" --gin.MODEL_DIR=\"'out'\" --gin.TRAIN_STEPS=1000.",
+    for name, explained in (
+        ("train", "train on a feedback file; the same command goes on after an interruption"),
+        ("cache", "tokens and the reference's log-probabilities of a run, computed once"),
+    ):
+        configured = commands.add_parser(
+            name,
+            help=explained,
+            epilog="Any setting of the gin files: --gin.NAME=VALUE, strings with quotes of their own, as in "
+            "--gin.FEEDBACK_FILE=\"'my.jsonl'\" --gin.MODEL_DIR=\"'out'\" --gin.TRAIN_STEPS=1000. `cache` "
+            "takes the command line of the run that it is for.",
+        )
+        configured.add_argument(
+            "--gin_file",
+            action="append",
+            required=True,
+            help="a gin file, such as runs/dro_v_tiny.gin; repeatable",
+        )
+        configured.add_argument(
+            "--gin_search_paths",
+            action="append",
+            default=[],
+            help="a folder to look for gin files in; repeatable",
+        )
+
+    check = commands.add_parser(
+        "check", help="what is in feedback files: rows, rewards, lengths, mistakes, and how to pack"
     )
-    train.add_argument(
-        "--gin_file",
-        action="append",
-        required=True,
-        help="a gin file, such as runs/dro_v_tiny.gin; repeatable",
+    check.add_argument(
+        "files",
+        nargs="+",
+        metavar="FILE",
+        help=".jsonl, .jsonl.gz or .parquet, a glob, or tfds:name",
     )
-    train.add_argument(
-        "--gin_search_paths",
-        action="append",
-        default=[],
-        help="a folder to look for gin files in; repeatable",
+    check.add_argument("--vocabulary_file", help="a SentencePiece model (default: bytes)")
+    check.add_argument(
+        "--inputs", type=int, default=512, help="limit of prompts, tokens (default: %(default)s)"
     )
+    check.add_argument(
+        "--targets", type=int, default=512, help="limit of completions (default: %(default)s)"
+    )
+    check.add_argument(
+        "--max_examples", type=int, default=16, help="examples a row (default: %(default)s)"
+    )
+    check.add_argument(
+        "--ultrafeedback_score",
+        default="fine_grained",
+        help="fine_grained or overall (default: %(default)s)",
+    )
+    check.add_argument("--json", action="store_true", help="all of it as JSON, on stdout")
 
     generate = commands.add_parser(
         "generate", help="complete prompts with a trained policy, as JSONL"
@@ -145,13 +179,16 @@ def _split_gin_bindings(arguments: Sequence[str]) -> tuple[list[str], list[str]]
 # The subcommands import what they need when they run: TensorFlow alone takes seconds.
 
 
-def _train(parsed: argparse.Namespace, bindings: list[str]) -> int:
+def _configured(parsed: argparse.Namespace, bindings: list[str]) -> int:
     from dro_jax.cli import configuration
 
     _start_console()
-    from dro_jax.cli import train
+    from dro_jax.cli import cache, train
 
     configuration.load(parsed.gin_file, bindings, parsed.gin_search_paths)
+    if parsed.command == "cache":
+        cache.run()
+        return 0
     return _finish(configuration.bound(train.train)())
 
 
@@ -179,6 +216,22 @@ def _finish(interrupted: "Interrupted | None") -> int:
         file=sys.stderr,
     )
     return EXIT_INTERRUPTED
+
+
+def _check(parsed: argparse.Namespace) -> int:
+    _start_console(logs_to_stderr=parsed.json)
+    from dro_jax.cli import check
+
+    check.run(
+        files=parsed.files,
+        vocabulary_file=parsed.vocabulary_file,
+        inputs=parsed.inputs,
+        targets=parsed.targets,
+        max_examples=parsed.max_examples,
+        ultrafeedback_score=parsed.ultrafeedback_score,
+        as_json=parsed.json,
+    )
+    return 0
 
 
 def _generate(parsed: argparse.Namespace) -> int:

@@ -10,14 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import seqio
 from clu import metric_writers
 from etils import epath
 
 from dro_jax.cli import configuration
 from dro_jax.cli.console import console, format_metrics, progress_bar
-from dro_jax.data.batches import evaluation_batches, train_batches
+from dro_jax.data import caching
+from dro_jax.data.batches import Position, Share, evaluation_batches, train_batches
 from dro_jax.data.feedback import FeedbackFile, FeedbackSummary, RewardStatistics, summarise
-from dro_jax.data.tasks import count_overlong, feedback_task
+from dro_jax.data.tasks import OverlongCounts, count_overlong, feedback_task
 from dro_jax.data.vocabulary import check_vocabulary_fits, load_vocabulary
 from dro_jax.errors import UsageError, check_number
 from dro_jax.networks import T5Config
@@ -79,8 +81,10 @@ def train(
     lengths: Mapping[str, int],
     num_steps: int,
     batch_size: int,
+    max_examples: int = 1,
     init_checkpoint: str | None = None,
     vocabulary_file: str | None = None,
+    cache_dir: str | None = None,
     drop_overlong: bool = False,
     seed: int = 0,
     periods: loop.Periods,
@@ -100,9 +104,12 @@ def train(
       lengths: most tokens of "inputs" and "targets".
       num_steps: optimiser steps of the whole run.
       batch_size: rows a step, over all devices.
+      max_examples: the most examples a row holds: 1 is one example a row, more is packed rows.
       init_checkpoint: a run or checkpoint whose policy is the reference and the start; None for random
         weights.
       vocabulary_file: a SentencePiece model; None for bytes.
+      cache_dir: of `dro_jax cache`, run with the same settings: the rows come from there, and the reference is
+        not kept in memory. None reads `feedback`.
       drop_overlong: leave out completions over the limit instead of cutting them.
       seed: of initialisation and data order.
       periods: how often to log, evaluate and save.
@@ -118,7 +125,7 @@ def train(
       DivergenceError: for a loss or gradient that is not finite.
     """
     # 1. Everything a person can have got wrong, before anything is written or a network compiled.
-    check_settings(model_dir, lengths, num_steps, seed, keep_last, keep_every)
+    check_settings(model_dir, lengths, num_steps, max_examples, seed, keep_last, keep_every)
     directory = epath.Path(model_dir)
     mesh = rules.mesh()
     partitioning.check_batch_size(mesh, batch_size)
@@ -126,12 +133,18 @@ def train(
     needs = algorithm.needs
     model = dataclasses.replace(model, reserved_entry=needs.value == "policy")
     check_vocabulary_fits(vocabulary, model.vocab_size, reserved_entry=model.reserved_entry)
-    summary = summarise(feedback)
-    check_pairs(needs, batch_size, summary)
-    overlong = count_overlong(
-        feedback, vocabulary=vocabulary, lengths=lengths, drop_overlong=drop_overlong
-    )
-    meta = {
+    manifest = None if cache_dir is None else caching.read_manifest(cache_dir)
+    if manifest is None:
+        summary = summarise(feedback)
+        overlong = count_overlong(
+            feedback, vocabulary=vocabulary, lengths=lengths, drop_overlong=drop_overlong
+        )
+    else:
+        rewards = RewardStatistics(**manifest.counts["summary"]["rewards"])
+        summary = FeedbackSummary(**manifest.counts["summary"] | {"rewards": rewards})
+        overlong = OverlongCounts(**manifest.counts["overlong"])
+    check_pairs(needs, batch_size, max_examples, summary)
+    meta: checkpoints.Meta = {
         "model": model.architecture(),
         "reserved_entry": model.reserved_entry,
         "vocabulary": vocabulary_digest(vocabulary_file),
@@ -141,6 +154,7 @@ def train(
         # What a resumed run had better not change.
         "settings": {
             "BATCH_SIZE": batch_size,
+            "MAX_EXAMPLES": max_examples,
             "TASK_FEATURE_LENGTHS": dict(lengths),
             "INIT_CHECKPOINT": init_checkpoint,
             "seed": seed,
@@ -153,7 +167,26 @@ def train(
     layout = train_state.make_layout(
         model, transforms, has_value=needs.value == "network", mesh=mesh, rules=rules
     )
-    state, reference = restore(directory, layout, algorithm, init_checkpoint, meta)
+    state, reference = restore(
+        directory, layout, algorithm, init_checkpoint, meta, cached=manifest is not None
+    )
+    if needs.reference and reference is not None:
+        meta["reference"] = checkpoints.weights_digest(reference)
+    elif needs.reference and state is not None:
+        meta["reference"] = checkpoints.read_meta(directory, int(state.step))["reference"]
+    if cache_dir is not None and manifest is not None:
+        if needs.reference and "reference" not in meta:
+            raise UsageError(f"{cache_dir}: give the INIT_CHECKPOINT that the cache was made with")
+        facts = cache_facts(
+            feedback,
+            model,
+            needs,
+            lengths,
+            meta["vocabulary"],
+            drop_overlong,
+            meta.get("reference"),
+        )
+        caching.refuse_differences(epath.Path(cache_dir), manifest.facts, facts)
     make_directory(directory)
     for line in (*summary.describe().splitlines(), overlong.describe(drop_overlong=drop_overlong)):
         console.print(line)
@@ -161,6 +194,10 @@ def train(
     # 2. The state: restored, or started from the reference.
     if state is None:
         if reference is None:
+            if manifest is not None and needs.reference:
+                raise UsageError(
+                    f"{cache_dir}: give the INIT_CHECKPOINT that the cache was made with"
+                )
             reference = train_state.init_reference(model, seed, layout)
             if needs.reference:
                 logger.warning(
@@ -170,15 +207,17 @@ def train(
         summary.rewards.save_json(directory / STATISTICS)
         if needs.reference:
             checkpoints.save_policy(directory / REFERENCE, reference, meta)
-    if not needs.reference:
+    if not needs.reference or manifest is not None:
         reference = None
-    first_step = int(state.step)
+    first_step, position = int(state.step), Position()
     if first_step >= num_steps:
         console.print(f"{directory}: already at step {first_step} of {num_steps}")
         return None
     if first_step:
         console.print(f"{directory}: goes on from step {first_step}")
-        warn_of_changes(checkpoints.read_meta(directory, first_step), meta)
+        saved = checkpoints.read_meta(directory, first_step)
+        position = Position(**saved["data"])
+        warn_of_changes(saved, meta)
 
     # 3. The data. A resumed run keeps the reward statistics that it began with.
     statistics = RewardStatistics.load_json(directory / STATISTICS)
@@ -200,6 +239,8 @@ def train(
         prompt_ids=needs.pairs,
         drop_overlong=drop_overlong,
     )
+
+    seqio.set_global_cache_dirs([] if cache_dir is None else [cache_dir])
 
     # 4. What lies beside the checkpoints.
     if vocabulary_file is not None and not (directory / VOCABULARY).exists():
@@ -229,6 +270,7 @@ def train(
                     spread,
                 )
 
+    share = Share(jax.process_index(), jax.process_count())
     evaluation_step = step.make_evaluation_step(model, algorithm, layout)
     batch_sharding = partitioning.batch_sharding(mesh)
 
@@ -236,7 +278,12 @@ def train(
         if not summary.validation_rows:
             return
         batches = evaluation_batches(
-            task, split="validation", lengths=lengths, batch_size=batch_size
+            task,
+            split="validation",
+            lengths=lengths,
+            batch_size=batch_size,
+            max_examples=max_examples,
+            share=share,
         )
         arrays = [
             jax.device_get(evaluation_step(state, reference, loop.to_devices(b, batch_sharding)))
@@ -259,14 +306,22 @@ def train(
                 model, algorithm, transforms, optimizer.schedules(), layout
             ),
             batches=train_batches(
-                task, lengths=lengths, batch_size=batch_size, seed=seed, start_step=first_step
+                task,
+                lengths=lengths,
+                batch_size=batch_size,
+                seed=seed,
+                max_examples=max_examples,
+                start=position,
+                share=share,
             ),
             batch_sharding=batch_sharding,
             num_steps=num_steps,
             periods=periods,
             log=log,
             evaluate=evaluate,
-            save=lambda state: checkpoints.save(manager, state, meta),
+            save=lambda state, position: checkpoints.save(
+                manager, state, meta | {"data": dataclasses.asdict(position)}
+            ),
             stop=stop,
             progress=lambda done: progress.update(progress.task_ids[0], completed=done),
         )
@@ -280,6 +335,7 @@ def check_settings(
     model_dir: str,
     lengths: Mapping[str, int],
     num_steps: int,
+    max_examples: int,
     seed: int,
     keep_last: int,
     keep_every: int | None,
@@ -288,10 +344,16 @@ def check_settings(
     if not isinstance(model_dir, str):
         raise UsageError(f"MODEL_DIR is {model_dir!r}: give a path, as in \"'out'\"")
     check_number("TRAIN_STEPS", num_steps, whole=True, at_least=1)
+    check_lengths(lengths)
+    check_number("MAX_EXAMPLES", max_examples, whole=True, at_least=1)
     check_number("train.seed", seed, whole=True)
     check_number("train.keep_last", keep_last, whole=True, at_least=1)
     if keep_every is not None:
         check_number("train.keep_every", keep_every, whole=True, at_least=1)
+
+
+def check_lengths(lengths: Mapping[str, int]) -> None:
+    """Raises UsageError for TASK_FEATURE_LENGTHS that mean nothing."""
     if not isinstance(lengths, Mapping) or set(lengths) != {"inputs", "targets"}:
         raise UsageError(
             f'TASK_FEATURE_LENGTHS is {lengths!r}: write {{"inputs": 512, "targets": 512}}'
@@ -300,8 +362,48 @@ def check_settings(
         check_number(f"TASK_FEATURE_LENGTHS[{name!r}]", length, whole=True, at_least=2)
 
 
-def check_pairs(needs: Needs, batch_size: int, summary: FeedbackSummary) -> None:
+def cache_facts(
+    feedback: FeedbackFile,
+    model: T5Config,
+    needs: Needs,
+    lengths: Mapping[str, int],
+    vocabulary: str,
+    drop_overlong: bool,
+    reference: str | None,
+) -> caching.Facts:
+    """What a cache has to have been made with, to serve a run.
+
+    Args:
+      feedback: how rows are judged and split; the file itself may have moved.
+      model: shape of the reference.
+      needs: of the method.
+      lengths: limits at which texts are cut.
+      vocabulary: `vocabulary_digest`.
+      drop_overlong: whether over-long completions are left out.
+      reference: `checkpoints.weights_digest` of the reference's weights.
+    """
+    return {
+        "validation_fraction": feedback.validation_fraction,
+        "top_fraction": feedback.top_fraction,
+        "ultrafeedback_score": feedback.ultrafeedback_score,
+        "model": model.architecture() if needs.reference else None,
+        "reserved_entry": model.reserved_entry,
+        "lengths": dict(lengths),
+        "vocabulary": vocabulary,
+        "drop_overlong": drop_overlong,
+        "mismatched": needs.mismatched,
+        "pairs": needs.pairs,
+        "reference": reference,
+    }
+
+
+def check_pairs(needs: Needs, batch_size: int, max_examples: int, summary: FeedbackSummary) -> None:
     """Raises UsageError where a method's pairs or mismatched responses cannot be had."""
+    if needs.pairs and max_examples > 1:
+        raise UsageError(
+            f"MAX_EXAMPLES is {max_examples}: this method takes completions two by two, which are not packed; "
+            "give 1"
+        )
     if needs.pairs and batch_size % 2:
         raise UsageError(
             f"BATCH_SIZE is {batch_size}: this method takes completions two by two; give an even number"
@@ -311,7 +413,7 @@ def check_pairs(needs: Needs, batch_size: int, summary: FeedbackSummary) -> None
             f"{summary.path}: no training prompt has two completions, which this method compares; give "
             "more completions a prompt, or another method"
         )
-    if needs.mismatched and batch_size == 1:
+    if needs.mismatched and batch_size == max_examples == 1:
         logger.warning("batches of one have no mismatched response: KTO's z0 is 0 throughout")
 
 
@@ -334,6 +436,8 @@ def restore(
     algorithm: Algorithm,
     init_checkpoint: str | None,
     meta: checkpoints.Meta,
+    *,
+    cached: bool,
 ) -> tuple[train_state.TrainState | None, Any]:
     """The state and the reference that are on disk, None for what is not.
 
@@ -343,6 +447,7 @@ def restore(
       algorithm: whether it has a reference.
       init_checkpoint: where a run without a checkpoint finds its reference.
       meta: what the checkpoints have to belong to.
+      cached: whether the data bring the reference's log-probabilities, so that only a start needs it.
 
     Returns:
       State and reference.
@@ -358,7 +463,7 @@ def restore(
     state = checkpoints.restore_latest(
         directory, abstract, model | {"algorithm": meta["algorithm"]}
     )
-    if state is not None and not algorithm.needs.reference:
+    if state is not None and (cached or not algorithm.needs.reference):
         return state, None
     if state is not None:
         source, at = checkpoints.find(directory / REFERENCE)

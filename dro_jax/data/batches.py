@@ -1,6 +1,8 @@
 """NumPy batches of a feedback task, endless for training and one pass for evaluation."""
 
 import contextlib
+import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 
@@ -8,10 +10,30 @@ import numpy as np
 import seqio
 import tensorflow as tf
 
-from dro_jax.data.feature_converter import FeedbackFeatureConverter
+from dro_jax.data.packing import WINDOW, Batch, Example, fill_rows, pack, text_lengths
 from dro_jax.errors import UsageError
 
-Batch = dict[str, np.ndarray]
+Row = list[Example]
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Position:
+    """Where the endless stream of training rows goes on: a row of a window of an epoch.
+
+    It is of the whole stream, whatever part of it each process is given.
+    """
+
+    epoch: int = 0
+    window: int = 0
+    row: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Share:
+    """Which part of every batch a process is given: the `index`-th of `count` equal ones."""
+
+    index: int = 0
+    count: int = 1
 
 
 def train_batches(
@@ -20,88 +42,154 @@ def train_batches(
     lengths: Mapping[str, int],
     batch_size: int,
     seed: int,
-    start_step: int = 0,
-) -> Iterator[Batch]:
+    max_examples: int = 1,
+    start: Position = Position(),
+    share: Share = Share(),
+) -> Iterator[tuple[Batch, Position]]:
     """Returns an endless iterator over shuffled batches of the training split.
 
     Every epoch shows each example exactly once, in an order of its own that follows from the seed;
-    a batch may span two epochs. Shapes and dtypes are design.md's batch contract, unpacked.
+    a batch may span two epochs. Shapes and dtypes are design.md's batch contract.
 
-    A task with `prompt_ids` gives pairs: rows 2i and 2i + 1 are two completions of one prompt, other
-    ones in every epoch. A completion that is left over sits that epoch out.
+    A task with `prompt_ids` gives pairs, which are not packed: rows 2i and 2i + 1 are two completions of
+    one prompt, other ones in every epoch. A completion that is left over sits that epoch out.
 
     Args:
         task: a `feedback_task`.
-        lengths: the token limits of "inputs" and "targets".
-        batch_size: rows a batch; even for a task with pairs.
+        lengths: tokens a row holds of "inputs" and "targets".
+        batch_size: rows of a batch, of all processes together; even for a task with pairs.
         seed: of the order.
-        start_step: batches to pass over, so that the first one yielded is the one an uninterrupted
-            run would see at that step. They are read all the same.
+        max_examples: the most examples a row holds; 1 is unpacked.
+        start: where an earlier run got to.
+        share: this process's part.
+
+    Yields:
+        This process's rows of a batch, and where the batch after it starts.
 
     Raises:
         UsageError: while iterating, when the task has no training example.
     """
-    examples = _examples(task, "train", lengths)
-    if (task.num_input_examples("train") or math.inf) <= task.shuffle_buffer_size:
-        examples = examples.cache()
-    examples = examples.shuffle(task.shuffle_buffer_size, seed=seed)
-    examples = _side_by_side(task, examples).repeat()
-    batches = examples.skip(start_step * batch_size).batch(batch_size, drop_remainder=True)
-    yield from batches.prefetch(tf.data.AUTOTUNE).as_numpy_iterator()
-    raise UsageError(
-        f"task {task.name}: the training split has no example; check the feedback file"
-    )
+    rows = _train_rows(task, lengths, seed, max_examples, start)
+    size = batch_size // share.count
+    mine = slice(share.index * size, (share.index + 1) * size)
+    while True:
+        batch, positions = zip(*itertools.islice(rows, batch_size), strict=True)
+        yield fill_rows(batch[mine], lengths=lengths, max_examples=max_examples), positions[-1]
 
 
 def evaluation_batches(
-    task: seqio.Task, *, split: str, lengths: Mapping[str, int], batch_size: int
+    task: seqio.Task,
+    *,
+    split: str,
+    lengths: Mapping[str, int],
+    batch_size: int,
+    max_examples: int = 1,
+    share: Share = Share(),
 ) -> Iterator[Batch]:
-    """Returns one pass over a split in file order, in batches of one size.
+    """Returns one pass over a split, in file order where it is not packed, in batches of one size.
 
-    The last batch is filled up with rows of zeros, whose `reward_weights` and
-    `decoder_loss_weights` are 0 too. An empty split gives no batch. Pairs as in `train_batches`.
+    The last batch is filled up with empty rows, whose `reward_weights` and `decoder_loss_weights` are 0.
+    An empty split gives no batch. Arguments as of `train_batches`.
     """
-    batches = _side_by_side(task, _examples(task, split, lengths)).batch(batch_size)
-    for batch in batches.prefetch(tf.data.AUTOTUNE).as_numpy_iterator():
-        missing = batch_size - len(batch["rewards"])
-        yield {
-            name: np.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1))
-            for name, rows in batch.items()
-        }
+    windows = _windows(task, _examples(task, split, lengths))
+    rows = itertools.chain.from_iterable(
+        _pack_window(window, lengths, max_examples) for window in windows
+    )
+    size = batch_size // share.count
+    while batch := list(itertools.islice(rows, batch_size)):
+        # An empty row has no shape of its own: the first one is never empty.
+        full = fill_rows(
+            [*batch, *[[]] * (batch_size - len(batch))], lengths=lengths, max_examples=max_examples
+        )
+        mine = slice(share.index * size, (share.index + 1) * size)
+        yield {name: array[mine] for name, array in full.items()}
 
 
-def _examples(task: seqio.Task, split: str, lengths: Mapping[str, int]) -> tf.data.Dataset:
-    """Returns one pass over a split in file order, in the features of a batch."""
+def _train_rows(
+    task: seqio.Task, lengths: Mapping[str, int], seed: int, max_examples: int, start: Position
+) -> Iterator[tuple[Row, Position]]:
+    """Rows from `start` on, each with the position of the next."""
+    in_memory = (task.num_input_examples("train") or math.inf) <= task.shuffle_buffer_size
+    examples = _examples(task, "train", lengths)
+    if in_memory:
+        examples = examples.cache()
+    for epoch in itertools.count(start.epoch):
+        order = int(np.random.SeedSequence([seed, epoch]).generate_state(1)[0])
+        if in_memory:
+            shuffled = examples.shuffle(task.shuffle_buffer_size, seed=order)
+        else:
+            shuffled = _examples(task, "train", lengths, seed=order)
+        first = start.window if epoch == start.epoch else 0
+        number = first - 1
+        for number, window in enumerate(_windows(task, shuffled, first), first):
+            rows = _pack_window(window, lengths, max_examples)
+            if max_examples > 1:
+                # They come longest first.
+                rng = np.random.default_rng([seed, epoch, number])
+                rows = [rows[i] for i in rng.permutation(len(rows))]
+            resumed = (epoch, number) == (start.epoch, start.window)
+            for i in range(start.row if resumed else 0, len(rows)):
+                last = i + 1 == len(rows)
+                yield rows[i], Position(epoch, number + last, 0 if last else i + 1)
+        if number < 0:
+            raise UsageError(
+                f"task {task.name}: the training split has no example; check the feedback file"
+            )
+
+
+def _pack_window(window: list[Example], lengths: Mapping[str, int], max_examples: int) -> list[Row]:
+    sizes = text_lengths(window)
+    limits = [lengths["inputs"], *[lengths["targets"]] * (sizes.shape[1] - 1)]
+    return [[window[i] for i in row] for row in pack(sizes, limits, max_examples)]
+
+
+def _windows(
+    task: seqio.Task, examples: tf.data.Dataset, first: int = 0
+) -> Iterator[list[Example]]:
+    """Examples, `WINDOW` at a time, as NumPy arrays; pairs side by side where the task has prompt ids."""
+    if "prompt_ids" in task.output_features:
+        examples = examples.group_by_window(
+            key_func=lambda example: example["prompt_ids"][0],
+            reduce_func=lambda _, group: group,
+            window_size=2,
+        )
+    windows = examples.skip(first * WINDOW).ragged_batch(WINDOW).prefetch(1)
+    for window in windows.as_numpy_iterator():
+        count = len(window["rewards"])
+        columns = {name: _split(feature, count) for name, feature in window.items()}
+        if ids := columns.pop("prompt_ids", None):
+            # Pairs come first; what is left over of a prompt comes at the end of an epoch, alone.
+            alone = (i for i in range(0, count, 2) if i + 1 == count or ids[i] != ids[i + 1])
+            count = next(alone, count)
+        if count:
+            yield [
+                dict(zip(columns, row, strict=True))
+                for row in zip(*(c[:count] for c in columns.values()), strict=True)
+            ]
+
+
+def _split(
+    feature: tf.compat.v1.ragged.RaggedTensorValue | np.ndarray, count: int
+) -> list[np.ndarray]:
+    if isinstance(feature, np.ndarray):
+        return list(feature)
+    return np.split(feature.values, feature.row_splits[1:count])
+
+
+def _examples(
+    task: seqio.Task, split: str, lengths: Mapping[str, int], seed: int | None = None
+) -> tf.data.Dataset:
+    """Returns one pass over a split: in file order, or shuffled by a seed."""
     # The GPUs' memory belongs to JAX. A program that has run TensorFlow has decided for itself.
     with contextlib.suppress(RuntimeError):
         tf.config.set_visible_devices([], "GPU")
-    mismatched, prompt_ids = (
-        name in task.output_features for name in ("mismatched_targets", "prompt_ids")
-    )
-    limits = dict(lengths)
-    if mismatched:
-        limits["mismatched_targets"] = lengths["targets"]
-    examples = task.get_dataset(limits, split=split, shuffle=False, try_in_mem_cache=False)
-    # The task has cut its features to these lengths, and checking doubles the cost.
-    converter = FeedbackFeatureConverter(
-        mismatched=mismatched, prompt_ids=prompt_ids, apply_length_check=False
-    )
-    one = dict.fromkeys(("rewards", "prompt_ids"), 1)
-    return converter(
-        examples, {**limits, **{k: n for k, n in one.items() if k in task.output_features}}
-    )
-
-
-def _side_by_side(task: seqio.Task, examples: tf.data.Dataset) -> tf.data.Dataset:
-    """Puts the examples of one prompt next to each other, two by two, where the task has prompt ids."""
-    if "prompt_ids" not in task.output_features:
-        return examples
-    pairs = examples.group_by_window(
-        key_func=lambda example: example["prompt_ids"][0],
-        reduce_func=lambda _, window: window.batch(2, drop_remainder=True),
-        window_size=2,
-    )
-    # A number of 64 bits is nothing for an accelerator, and has done its work.
-    return pairs.unbatch().map(
-        lambda example: {k: v for k, v in example.items() if k != "prompt_ids"}
+    limits = {**lengths, "mismatched_targets": lengths["targets"]}
+    return task.get_dataset(
+        {name: limits[name] for name in limits if name in task.output_features},
+        split=split,
+        shuffle=seed is not None,
+        seed=seed,
+        try_in_mem_cache=False,
+        # What `dro_jax cache` or seqio_cache_tasks made, where SeqIO has been told of it.
+        use_cached=task.cache_dir is not None,
     )

@@ -1,28 +1,31 @@
-"""Feedback files: reading, judging, splitting and summarising (prompt, completion, reward) rows.
+"""Feedback files: judging, splitting and summarising (prompt, completion, reward) rows.
 
-A feedback file is JSONL, plain or gzip (`.gz`), UTF-8, one JSON object a line:
+Files are JSONL, plain or gzip (`.gz`), in UTF-8, one JSON object a line, or Parquet (`.parquet`), or a prepared
+TFDS dataset ("tfds:name"); a glob stands for several. Rows are triplets,
 
     {"prompt": "Name a colour.", "completion": "Red.", "reward": 0.5}
     {"prompt": "Name a colour.", "response": "Seven.", "label": "down"}
 
-`prompt` and `completion` (or `response`) are text. `reward` is a finite number, or `label` is a
-thumb: true/false, 1/0, "up"/"down" (also "thumbs up"), "👍"/"👎". Other fields are ignored, and so are blank lines.
+or UltraFeedback's records of a prompt with its rated completions, which become triplets. `prompt` and
+`completion` (or `response`) are text, or a conversation: a list of {"role", "content"}, whose contents are
+joined. `reward` (or `score`) is a finite number, or `label` is a thumb: true/false, 1/0, "up"/"down" (also
+"thumbs up"), "👍"/"👎". Other fields are ignored, and so are blank lines.
 """
 
 import array
 import collections
 import dataclasses
-import gzip
 import hashlib
 import json
 import math
-import zlib
 from collections.abc import Iterator
 from typing import Any, Literal
 
 from etils import epath
 
-from dro_jax.errors import UsageError
+from dro_jax.data import ultrafeedback
+from dro_jax.data.records import read_records, shown
+from dro_jax.errors import UsageError, check_choice
 
 Split = Literal["train", "validation"]
 
@@ -41,15 +44,18 @@ _LABEL_REWARDS: dict[Any, float] = {
 
 @dataclasses.dataclass(frozen=True)
 class FeedbackFile:
-    """A feedback file and how its rows are judged and split.
+    """A feedback file, or several, and how its rows are judged and split.
 
     Attributes:
-        path: a `.jsonl` or `.jsonl.gz` file, local or remote (gs://).
+        path: a `.jsonl`, `.jsonl.gz` or `.parquet` file, local or remote (gs://), a glob of them, or
+            "tfds:name".
         validation_fraction: the share of prompts held out, in [0, 1).
         skip_bad_rows: count and skip bad rows instead of refusing the file at the first one.
         max_unusable_fraction: the most that bad and empty rows may make up of all rows, in [0, 1].
         top_fraction: the share of the training rows, those of highest reward, to train on, in (0, 1]; rows
             as good as the last of them are kept too.
+        ultrafeedback_score: what UltraFeedback's completions are rewarded by: "fine_grained", the mean of the
+            aspects' ratings, or "overall", which is wrong in some rows of the first release.
 
     Raises:
         UsageError: a fraction is out of its range.
@@ -60,6 +66,7 @@ class FeedbackFile:
     skip_bad_rows: bool = False
     max_unusable_fraction: float = 0.05
     top_fraction: float = 1.0
+    ultrafeedback_score: ultrafeedback.Score = "fine_grained"
 
     def __post_init__(self) -> None:
         """Refuses a path that is no text, and fractions that are out of range."""
@@ -72,6 +79,7 @@ class FeedbackFile:
             raise UsageError(f"max_unusable_fraction is {unusable!r}; set it in [0, 1]")
         if not (isinstance(self.top_fraction, int | float) and 0 < self.top_fraction <= 1):
             raise UsageError(f"top_fraction is {self.top_fraction!r}; set it in (0, 1]")
+        check_choice("ultrafeedback_score", self.ultrafeedback_score, ("fine_grained", "overall"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +96,7 @@ class Triplet:
 class UnusableRow:
     """A row that cannot be trained on, and one line that names file, line, field and remedy."""
 
-    kind: Literal["bad", "empty prompt", "empty completion"]
+    kind: Literal["bad", "empty prompt", "empty completion", "unrated"]
     message: str
     line: int
 
@@ -152,6 +160,7 @@ class FeedbackSummary:
     bad_row_messages: tuple[str, ...]
     empty_prompts: int
     empty_completions: int
+    unrated: int
     train_rows: int
     train_prompts: int
     train_pairs: int
@@ -175,7 +184,8 @@ class FeedbackSummary:
             f"({self.train_prompts} prompts), {self.validation_rows} for validation "
             f"({self.validation_prompts} prompts)",
             f"skipped: {self.bad_rows} bad, {self.empty_prompts} with an empty prompt, "
-            f"{self.empty_completions} with an empty completion",
+            f"{self.empty_completions} with an empty completion"
+            + (f", {self.unrated} that nobody rated" if self.unrated else ""),
             f"raw reward: mean {self.rewards.mean:.6g}, standard deviation {self.rewards.std:.6g} "
             f"(training split); from {self.min_reward:.6g} to {self.max_reward:.6g}",
             *self.bad_row_messages,
@@ -204,28 +214,41 @@ def prompt_id(prompt: str) -> int:
     return int.from_bytes(_prompt_digest(prompt), "big")
 
 
-def read_rows(path: str) -> Iterator[Triplet | UnusableRow]:
+def read_rows(
+    path: str, ultrafeedback_score: ultrafeedback.Score = "fine_grained"
+) -> Iterator[Triplet | UnusableRow]:
     """Yields every row that is not blank, judged, in file order and in constant memory.
 
     Raises:
-        UsageError: the file is missing, a directory, unreadable, or not the gzip its name promises.
+        UsageError: as `records.read_records`.
     """
-    for line, raw in _lines(path):
-        where = f"{path}, line {line}"
-        try:
-            fields = _parse(raw)
-            prompt = _text(fields, "prompt")
-            completion = _text(fields, "completion", "response")
-            reward = _reward(fields)
-        except _BadRow as problem:
-            yield UnusableRow("bad", f"{where}: {problem}", line)
-            continue
-        if not prompt.strip():
-            yield UnusableRow("empty prompt", f"{where}: field 'prompt' is empty", line)
-        elif not completion.strip():
-            yield UnusableRow("empty completion", f"{where}: field 'completion' is empty", line)
+    for record in read_records(path):
+        if record.problem:
+            yield UnusableRow("bad", f"{record.where}: {record.problem}", record.line)
+        elif ultrafeedback.is_record(record.fields):
+            rows = ultrafeedback.flatten(record.fields, ultrafeedback_score)
+            for number, fields in enumerate(rows, 1):
+                where = f"{record.where}, completion {number}"
+                if fields["reward"] is None:
+                    yield UnusableRow("unrated", f"{where}: nobody rated it", record.line)
+                else:
+                    yield _judge(fields, where, record.line)
         else:
-            yield Triplet(prompt, completion, reward, line)
+            yield _judge(record.fields, record.where, record.line)
+
+
+def _judge(fields: dict[str, Any], where: str, line: int) -> Triplet | UnusableRow:
+    try:
+        prompt = _text(fields, "prompt")
+        completion = _text(fields, "completion", "response")
+        reward = _reward(fields)
+    except _BadRow as problem:
+        return UnusableRow("bad", f"{where}: {problem}", line)
+    if not prompt.strip():
+        return UnusableRow("empty prompt", f"{where}: field 'prompt' is empty", line)
+    if not completion.strip():
+        return UnusableRow("empty completion", f"{where}: field 'completion' is empty", line)
+    return Triplet(prompt, completion, reward, line)
 
 
 def read_feedback(file: FeedbackFile, split: Split | None = None) -> Iterator[Triplet]:
@@ -236,7 +259,7 @@ def read_feedback(file: FeedbackFile, split: Split | None = None) -> Iterator[Tr
     Raises:
         UsageError: as `read_rows`; or a bad row, unless `file.skip_bad_rows`.
     """
-    for row in read_rows(file.path):
+    for row in read_rows(file.path, file.ultrafeedback_score):
         if isinstance(row, UnusableRow):
             _refuse_bad_row(row, file)
         elif split is None or split_of(row.prompt, file.validation_fraction) == split:
@@ -252,7 +275,7 @@ def summarise(file: FeedbackFile) -> FeedbackSummary:
         UsageError: as `read_feedback`; or the file has no rows, too many unusable rows, an empty
             training split, or rewards that cannot be normalised.
     """
-    unusable = {"bad": 0, "empty prompt": 0, "empty completion": 0}
+    unusable = {"bad": 0, "empty prompt": 0, "empty completion": 0, "unrated": 0}
     bad_row_messages: list[str] = []
     first_unusable = ""
     rows = {"train": 0, "validation": 0}
@@ -263,7 +286,7 @@ def summarise(file: FeedbackFile) -> FeedbackSummary:
     train_rewards = array.array("d")
     mean, squares = 0.0, 0.0
     low, high = math.inf, -math.inf
-    for row in read_rows(file.path):
+    for row in read_rows(file.path, file.ultrafeedback_score):
         if isinstance(row, UnusableRow):
             _refuse_bad_row(row, file)
             unusable[row.kind] += 1
@@ -291,8 +314,9 @@ def summarise(file: FeedbackFile) -> FeedbackSummary:
         raise UsageError(
             f"{file.path}: {skipped} of {total} rows are unusable ({unusable['bad']} bad, "
             f"{unusable['empty prompt']} with an empty prompt, {unusable['empty completion']} with "
-            f"an empty completion), more than max_unusable_fraction = {file.max_unusable_fraction} "
-            f"allows; correct the file or raise max_unusable_fraction; the first: {first_unusable}"
+            f"an empty completion, {unusable['unrated']} that nobody rated), more than "
+            f"max_unusable_fraction = {file.max_unusable_fraction} allows; correct "
+            f"the file or raise max_unusable_fraction; the first: {first_unusable}"
         )
     if not rows["train"]:
         raise UsageError(
@@ -315,6 +339,7 @@ def summarise(file: FeedbackFile) -> FeedbackSummary:
         bad_row_messages=tuple(bad_row_messages),
         empty_prompts=unusable["empty prompt"],
         empty_completions=unusable["empty completion"],
+        unrated=unusable["unrated"],
         train_rows=rows["train"],
         train_prompts=len(prompts["train"]),
         train_pairs=sum(count // 2 for count in prompts["train"].values()),
@@ -332,57 +357,12 @@ class _BadRow(Exception):
     """What is wrong with a row and how to put it right, without file and line."""
 
 
-def _lines(path: str) -> Iterator[tuple[int, bytes]]:
-    """Yields (line number from 1, bytes) of every line that is not blank."""
-    number = 0
-    try:
-        location = epath.Path(path)
-        if not location.exists():
-            raise UsageError(f"{path}: no such file; check the path of the feedback file")
-        if location.is_dir():
-            raise UsageError(f"{path}: is a directory; name one JSONL file in it")
-        with location.open("rb") as stream:
-            zipped = str(path).endswith(".gz")
-            for number, raw in enumerate(gzip.GzipFile(fileobj=stream) if zipped else stream, 1):
-                if number == 1:
-                    if not zipped and raw.startswith(b"\x1f\x8b"):
-                        raise UsageError(f"{path}: is gzip; give its name the ending .gz")
-                    raw = raw.removeprefix(b"\xef\xbb\xbf")
-                if raw.strip():
-                    yield number, raw
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        if number:
-            raise UsageError(
-                f"{path}: the gzip file is cut off or damaged after line {number}; write it anew"
-            ) from error
-        raise UsageError(
-            f"{path}: is not a gzip file, though its name ends in .gz; rename or compress it"
-        ) from error
-    except OSError as error:
-        raise UsageError(
-            f"{path}: cannot be read ({error.strerror or error}); check the path and permissions"
-        ) from error
-
-
-def _parse(raw: bytes) -> dict[str, Any]:
-    try:
-        fields = json.loads(raw.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise _BadRow(f"byte {error.start + 1} is not UTF-8; save the file as UTF-8") from error
-    except RecursionError as error:
-        raise _BadRow("the JSON is nested too deeply; write one flat object a line") from error
-    except ValueError as error:
-        problem = getattr(error, "msg", "a number has too many digits")
-        raise _BadRow(f"is not JSON ({problem}); write one JSON object a line") from error
-    if not isinstance(fields, dict):
-        raise _BadRow(f"is {_shown(fields)}, not an object; write one JSON object a line")
-    return fields
-
-
 def _text(fields: dict[str, Any], *names: str) -> str:
     name, value = _only(fields, *names)
+    if isinstance(value, list) and value and all(_is_message(item) for item in value):
+        value = "\n\n".join(message["content"] for message in value)
     if not isinstance(value, str):
-        raise _BadRow(f"field '{name}' is {_shown(value)}, not text; write a string")
+        raise _BadRow(f"field '{name}' is {shown(value)}, not text; write a string")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -392,8 +372,12 @@ def _text(fields: dict[str, Any], *names: str) -> str:
     return value
 
 
+def _is_message(item: Any) -> bool:
+    return isinstance(item, dict) and isinstance(item.get("content"), str)
+
+
 def _reward(fields: dict[str, Any]) -> float:
-    name, value = _only(fields, "reward", "label")
+    name, value = _only(fields, "reward", "label", "score")
     if name == "label":
         label = value
         if isinstance(value, str):
@@ -403,17 +387,17 @@ def _reward(fields: dict[str, Any]) -> float:
             return _LABEL_REWARDS[label]
         except (KeyError, TypeError) as error:
             raise _BadRow(
-                f'field \'label\' is {_shown(value)}; write true or false (or 1/0, "up"/"down"), '
+                f'field \'label\' is {shown(value)}; write true or false (or 1/0, "up"/"down"), '
                 "or a number in field 'reward'"
             ) from error
     if isinstance(value, bool):
-        raise _BadRow(f"field 'reward' is {_shown(value)}, not a number; write it in field 'label'")
+        raise _BadRow(f"field '{name}' is {shown(value)}, not a number; write it in field 'label'")
     if not isinstance(value, int | float):
-        raise _BadRow(f"field 'reward' is {_shown(value)}, not a number; write a finite number")
+        raise _BadRow(f"field '{name}' is {shown(value)}, not a number; write a finite number")
     # Comparing before float() keeps integers of any size from overflowing; NaN fails it too.
     if not abs(value) <= _LARGEST_FLOAT32:
         raise _BadRow(
-            f"field 'reward' is {_shown(value)}, not a finite number of 32 bits; write a finite number"
+            f"field '{name}' is {shown(value)}, not a finite number of 32 bits; write a finite number"
         )
     return float(value)
 
@@ -428,12 +412,6 @@ def _only(fields: dict[str, Any], *names: str) -> tuple[str, Any]:
         alternatives = "".join(f" (or '{name}')" for name in names[1:])
         raise _BadRow(f"field '{names[0]}'{alternatives} is {state}; give every row one")
     return given[0], fields[given[0]]
-
-
-def _shown(value: Any) -> str:
-    """Returns the value as short ASCII JSON, so that a message stays one line."""
-    text = json.dumps(value)
-    return text if len(text) <= 40 else f"{text[:40]}..."
 
 
 def _refuse_bad_row(row: UnusableRow, file: FeedbackFile) -> None:

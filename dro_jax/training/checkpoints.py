@@ -41,6 +41,11 @@ def checksums(tree: Tree) -> dict[str, int]:
     }
 
 
+def weights_digest(tree: Tree) -> str:
+    """What identifies a parameter tree: the SHA-256 of its arrays' checksums."""
+    return hashlib.sha256(json.dumps(checksums(tree), sort_keys=True).encode()).hexdigest()
+
+
 @jax.jit
 def _bit_sums(leaves: list[jax.Array]) -> list[jax.Array]:
     words = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}

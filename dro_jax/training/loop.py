@@ -69,13 +69,13 @@ def train(
     reference: Any,
     *,
     train_step: TrainStep,
-    batches: Iterator[HostBatch],
+    batches: Iterator[tuple[HostBatch, Any]],
     batch_sharding: NamedSharding,
     num_steps: int,
     periods: Periods,
     log: Callable[[int, Scalars], None],
     evaluate: Callable[[int, TrainState], None],
-    save: Callable[[TrainState], None],
+    save: Callable[[TrainState, Any], None],
     stop: StopRequest,
     progress: Callable[[int], None],
 ) -> TrainState:
@@ -85,13 +85,15 @@ def train(
       state: where to start; its buffers are donated.
       reference: parameters of pi_ref, or None.
       train_step: of `make_train_step`.
-      batches: this process's rows, beginning with the batch of step `state.step`.
+      batches: this process's rows, beginning with the batch of step `state.step`, each with the place in the
+        data after it.
       batch_sharding: how a batch lies on the mesh.
       num_steps: steps of the whole run, those already done included.
       periods: how often to log, evaluate and save; the first step is logged too.
       log: takes the number of steps done and means of the metrics since the last call.
       evaluate: takes the number of steps done and the state.
-      save: takes a state that is finite, as its losses and gradients were.
+      save: takes a state that is finite, as its losses and gradients were, and the place in the data after
+        the last batch that went into it, however far ahead `batches` has read.
       stop: asked after every step.
       progress: takes the number of steps done, after every step.
 
@@ -106,8 +108,8 @@ def train(
     clock = time.perf_counter()
     finished = done >= num_steps
     while not finished:
-        batch = to_devices(next(batches), batch_sharding)
-        state, metrics = train_step(state, reference, batch)
+        batch, position = next(batches)
+        state, metrics = train_step(state, reference, to_devices(batch, batch_sharding))
         pending.append(metrics)
         done += 1
         progress(done)
@@ -130,7 +132,7 @@ def train(
         if evaluation_due:
             evaluate(done, state)
         if checkpoint_due:
-            save(state)
+            save(state, position)
         clock = time.perf_counter()
     return state
 

@@ -259,7 +259,7 @@ def test_gin_flags_belong_to_train(command):
     result = command("demo", "--gin.TRAIN_STEPS=3")
     assert result.code == 2
     assert result.err.splitlines() == [
-        "dro_jax: --gin.TRAIN_STEPS = 3: only `dro_jax train` takes gin flags"
+        "dro_jax: --gin.TRAIN_STEPS = 3: only `dro_jax train` and `cache` take gin flags"
     ]
 
 

@@ -141,6 +141,9 @@ def test_pairs_want_even_batches_and_prompts_with_two_completions(run, tmp_path)
     odd, _ = run("ipo", BATCH_SIZE=7, **ONE_DEVICE)
     assert odd.code == 2
     assert "BATCH_SIZE is 7: this method takes completions two by two; give an even" in odd.err
+    packed, _ = run("ipo", MAX_EXAMPLES=4)
+    assert packed.code == 2
+    assert "MAX_EXAMPLES is 4: this method takes completions two by two, which" in packed.err
     lonely = tmp_path / "lonely.jsonl"
     lonely.write_text(
         "".join(
@@ -155,8 +158,20 @@ def test_pairs_want_even_batches_and_prompts_with_two_completions(run, tmp_path)
 
 def test_kto_says_that_batches_of_one_have_no_partner(caplog, feedback_file):
     summary = summarise(FeedbackFile(str(feedback_file)))
-    train_module.check_pairs(Kto().needs, 2, summary)
+    train_module.check_pairs(Kto().needs, 2, 1, summary)
     assert not caplog.messages
-    train_module.check_pairs(Kto().needs, 1, summary)
+    train_module.check_pairs(Kto().needs, 1, 1, summary)
     (message,) = caplog.messages
     assert message == "batches of one have no mismatched response: KTO's z0 is 0 throughout"
+
+
+@pytest.mark.parametrize("name", ["dro_v", "kto"])
+def test_packed_rows_train_and_evaluate(name, run, feedback_file):
+    lengths = {"inputs": 40, "targets": 24}
+    result, batches = run(name, MAX_EXAMPLES=3, TASK_FEATURE_LENGTHS=lengths)
+    assert (result.code, result.err) == (0, "")
+    assert batches[0]["rewards"].shape == (8, 3)
+    assert batches[0]["reward_weights"].sum() > 16
+    assert "held out, step 2" in result.out
+    held_out = sum(batch["reward_weights"].sum() for batch in batches[2:])
+    assert held_out == len(rows_by_split(feedback_file)["validation"])

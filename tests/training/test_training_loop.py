@@ -51,7 +51,7 @@ class Recorder:
 
         def batches():
             for number in range(int(self.state.step), NEVER):
-                yield {"number": np.asarray([number])}
+                yield {"number": np.asarray([number])}, f"after {number + 1}"
 
         self.state = loop.train(
             self.state,
@@ -63,10 +63,14 @@ class Recorder:
             periods=periods,
             log=log,
             evaluate=lambda done, state: self.note("evaluate", done, state),
-            save=lambda state: self.note("save", int(state.step), state),
+            save=self.save,
             stop=self.stop,
             progress=progress,
         )
+
+    def save(self, state, position):
+        assert position == f"after {int(state.step)}"
+        self.note("save", int(state.step), state)
 
     def note(self, name, done, state):
         assert int(state.step) == done
@@ -213,7 +217,7 @@ def real_run(bench, make_batch, tmp_path):
                 batch = make_batch(number)
                 if number + 1 == poison:
                     batch["rewards"][3] = np.inf
-                yield batch
+                yield batch, number + 1
 
         def progress(done):
             if done == stop_at:
@@ -221,7 +225,8 @@ def real_run(bench, make_batch, tmp_path):
 
         manager = checkpoints.open_manager(folder, keep_last=9, keep_every=None)
 
-        def save(state):
+        def save(state, position):
+            assert position == int(state.step)
             copies[int(state.step)] = jax.tree.map(lambda x: np.array(x, copy=True), state)
             checkpoints.save(manager, state, META)
 

@@ -1,0 +1,183 @@
+"""`dro_jax cache`: tokens and the reference's log-probabilities, computed once and kept beside the data."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import seqio
+from etils import epath
+
+from dro_jax.cli import configuration, train
+from dro_jax.cli.console import console, progress_bar
+from dro_jax.data import caching
+from dro_jax.data.feedback import summarise
+from dro_jax.data.packing import WINDOW, Example, fill_rows, pack, text_lengths
+from dro_jax.data.tasks import count_overlong, feedback_task
+from dro_jax.data.vocabulary import check_vocabulary_fits, load_vocabulary
+from dro_jax.errors import UsageError
+from dro_jax.networks import T5Config
+from dro_jax.training import checkpoints, loop, partitioning, train_state
+from dro_jax.training.algorithms import Needs
+from dro_jax.training.step import sequence_log_prob
+
+EXAMPLES_A_ROW = 16
+"""The reference reads packed rows, however training will have them."""
+
+
+def run() -> None:
+    """Makes the cache of the run that the loaded configuration describes; all but CACHE_DIR as of `train`.
+
+    Raises:
+      UsageError: for anything wrong with files or settings, before anything is written.
+    """
+    bound = configuration.arguments(train.train)
+    configuration.bound(train.train)
+    feedback, lengths, rules = bound["feedback"], bound["lengths"], bound["rules"]
+    needs: Needs = bound["algorithm"].needs
+    if not isinstance(bound.get("cache_dir"), str):
+        raise UsageError("CACHE_DIR must be given: add --gin.CACHE_DIR=\"'cache'\"")
+    if needs.reference and bound.get("init_checkpoint") is None:
+        raise UsageError(
+            "INIT_CHECKPOINT must be given: the cache holds the reference's log-probabilities"
+        )
+    train.check_lengths(lengths)
+    mesh = rules.mesh()
+    partitioning.check_batch_size(mesh, bound["batch_size"])
+    model: T5Config = dataclasses.replace(bound["model"], reserved_entry=needs.value == "policy")
+    vocabulary = load_vocabulary(bound.get("vocabulary_file"))
+    check_vocabulary_fits(vocabulary, model.vocab_size, reserved_entry=model.reserved_entry)
+    summary = summarise(feedback)
+    drop_overlong = bound.get("drop_overlong", False)
+    overlong = count_overlong(
+        feedback, vocabulary=vocabulary, lengths=lengths, drop_overlong=drop_overlong
+    )
+    digest, reference = None, None
+    vocabulary_digest = train.vocabulary_digest(bound.get("vocabulary_file"))
+    if needs.reference:
+        layout = train_state.make_layout(
+            model, bound["optimizer"].transforms(), has_value=False, mesh=mesh, rules=rules
+        )
+        expected: dict[str, Any] = {
+            "model": model.architecture(),
+            "vocabulary": vocabulary_digest,
+        }
+        if not model.reserved_entry:
+            expected["reserved_entry"] = False
+        source, at = checkpoints.find(bound["init_checkpoint"])
+        reference = checkpoints.restore_policy(source, at, layout.abstract().policy, expected)
+        digest = checkpoints.weights_digest(reference)
+    for line in (*summary.describe().splitlines(), overlong.describe(drop_overlong=drop_overlong)):
+        console.print(line)
+
+    task = feedback_task(
+        feedback,
+        vocabulary=vocabulary,
+        statistics=summary.rewards,
+        num_input_examples=summary.num_input_examples,
+        min_reward=summary.top_reward,
+        mismatched=needs.mismatched,
+        prompt_ids=needs.pairs,
+        drop_overlong=drop_overlong,
+    )
+    score: caching.Score = lambda examples: {}  # noqa: E731 (the other one is made by a function)
+    if reference is not None:
+        score = make_score(
+            model, reference, vocabulary, lengths, bound["batch_size"], mesh, needs.mismatched
+        )
+    facts = train.cache_facts(
+        feedback, model, needs, lengths, vocabulary_digest, drop_overlong, digest
+    )
+    total = sum(summary.num_input_examples.values())
+    with progress_bar("caching", total) as progress:
+        manifest = caching.write(
+            bound["cache_dir"],
+            task,
+            facts=facts,
+            counts={
+                "summary": dataclasses.asdict(summary),
+                "overlong": dataclasses.asdict(overlong),
+                "path": feedback.path,
+                "reference": bound.get("init_checkpoint"),
+                "dtype": np.dtype(model.compute_dtype).name,
+            },
+            score=score,
+            progress=lambda done: progress.update(progress.task_ids[0], completed=done),
+        )
+    console.print(
+        f"{epath.Path(bound['cache_dir']) / caching.TASK}: {total} examples in {len(manifest.shards)} shards, "
+        f"{sum(manifest.shards.values()) / 1e6:.1f} MB"
+    )
+
+
+def make_score(
+    model: T5Config,
+    reference: Any,
+    vocabulary: seqio.Vocabulary,
+    lengths: Mapping[str, int],
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+    mismatched: bool,
+) -> caching.Score:
+    """Builds the function from a shard's examples to the reference's log-probabilities of their completions.
+
+    Args:
+      model: the T5's shape.
+      reference: its parameters, on the mesh.
+      vocabulary: for the end of sequence.
+      lengths: the limits at which training will cut.
+      batch_size: rows at a time, a multiple of the mesh's data shards.
+      mesh: what the rows are spread over.
+      mismatched: whether the mismatched completions are scored too.
+
+    Returns:
+      A function for `caching.write`.
+    """
+    log_prob = jax.jit(
+        lambda params, batch: sequence_log_prob(model, params, batch),
+        out_shardings=partitioning.replicated(mesh),
+    )
+    sharding = partitioning.batch_sharding(mesh)
+
+    def score_completions(examples: list[Example]) -> np.ndarray:
+        scores = np.zeros(len(examples), np.float32)
+        limits = [lengths["inputs"], lengths["targets"]]
+        for start in range(0, len(examples), WINDOW):
+            window = examples[start : start + WINDOW]
+            rows = pack(text_lengths(window), limits, EXAMPLES_A_ROW)
+            for first in range(0, len(rows), batch_size):
+                some = rows[first : first + batch_size]
+                batch = fill_rows(
+                    [
+                        *([window[i] for i in row] for row in some),
+                        *[[]] * (batch_size - len(some)),
+                    ],
+                    lengths=lengths,
+                    max_examples=EXAMPLES_A_ROW,
+                )
+                got = np.asarray(log_prob(reference, loop.to_devices(batch, sharding)))
+                for row, numbers in enumerate(some):
+                    scores[start + np.array(numbers)] = got[row, : len(numbers)]
+        return scores
+
+    def score(examples: list[Example]) -> dict[str, np.ndarray]:
+        def finished(name: str) -> list[Example]:
+            # As tasks.feedback_task ends and cuts them.
+            end = [vocabulary.eos_id]
+            return [
+                {
+                    "inputs": np.append(example["inputs"][: lengths["inputs"] - 1], end),
+                    "targets": np.append(example[name], end)[: lengths["targets"]],
+                    "rewards": example["rewards"],
+                }
+                for example in examples
+            ]
+
+        scores = {"reference_log_probs": score_completions(finished("targets"))}
+        if mismatched:
+            others = score_completions(finished("mismatched_targets"))
+            scores["mismatched_reference_log_probs"] = others
+        return scores
+
+    return score

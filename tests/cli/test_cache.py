@@ -1,0 +1,263 @@
+"""`dro_jax cache`: training from it is training without it, and what does not fit it is refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.util.tensor_util import make_ndarray
+
+from dro_jax.cli import generate
+from dro_jax.data import caching
+from dro_jax.training import checkpoints
+
+LENGTHS = {"inputs": 40, "targets": 24}
+
+
+@pytest.fixture
+def both(command, train_flags, feedback_file, sft_run, tmp_path):
+    """Runs `cache` or `train` on the same settings."""
+
+    def call(subcommand, method="dro_v", **settings):
+        defaults = {
+            "FEEDBACK_FILE": str(feedback_file),
+            "MODEL_DIR": str(tmp_path / "out"),
+            "INIT_CHECKPOINT": str(sft_run.directory),
+            "CACHE_DIR": str(tmp_path / "cache"),
+            "TASK_FEATURE_LENGTHS": LENGTHS,
+            "TRAIN_STEPS": 3,
+        }
+        _, *flags = train_flags("runs/dro_v_tiny.gin", **(defaults | settings))
+        return command(subcommand, flags[0], f"--gin_file=algorithms/{method}.gin", *flags[1:])
+
+    return call
+
+
+def losses(directory):
+    """Of the training steps that were logged, and of the held-out split, from TensorBoard."""
+    found = []
+    for name in ("train", "training_eval"):
+        events = EventAccumulator(str(directory / name))
+        events.Reload()
+        for tag in sorted(events.Tags()["tensors"]):
+            if tag.startswith("loss"):
+                found += [float(make_ndarray(e.tensor_proto)) for e in events.Tensors(tag)]
+    return found
+
+
+@pytest.mark.parametrize(
+    ("method", "max_examples"), [("dro_v", 1), ("dro_v", 3), ("kto", 3), ("dro_two_sample", 1)]
+)
+def test_training_on_a_cache_is_training_without_it(method, max_examples, both, watching, tmp_path):
+    made = both("cache", method)
+    assert (made.code, made.err) == (0, "")
+    assert "examples in 2 shards" in made.out
+    settings = {"method": method, "MAX_EXAMPLES": max_examples}
+    batches = []
+    for name, cache in (("cached", str(tmp_path / "cache")), ("plain", None)):
+        with watching() as seen:
+            result = both("train", CACHE_DIR=cache, MODEL_DIR=str(tmp_path / name), **settings)
+        assert (result.code, result.err) == (0, "")
+        batches.append(seen)
+    assert len(batches[0]) == len(batches[1]) > 3
+    for cached, plain in zip(*batches, strict=True):
+        log_probs = {name for name in cached if "log_probs" in name}
+        assert log_probs == {"reference_log_probs"} | (
+            {"mismatched_reference_log_probs"} if method == "kto" else set()
+        )
+        assert set(cached) == set(plain) | log_probs
+        for name, array in plain.items():
+            np.testing.assert_array_equal(cached[name], array)
+        assert np.all((cached["reference_log_probs"] < 0) == (cached["reward_weights"] > 0))
+    states = [generate.load_policy(str(tmp_path / name)).params for name in ("cached", "plain")]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *states)
+    ours, theirs = (losses(tmp_path / name) for name in ("cached", "plain"))
+    assert len(ours) > 3
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    # It is stored for later all the same.
+    assert checkpoints.steps(tmp_path / "cached" / "reference") == [0]
+
+
+def test_a_cached_run_stops_and_goes_on(both, watching, tmp_path):
+    assert both("cache").code == 0
+    with watching(interrupt_at=2):
+        assert both("train").code == 75
+    # What a resumed run needs of the reference is in the cache.
+    shutil.rmtree(tmp_path / "out" / "reference")
+    assert both("train", INIT_CHECKPOINT=None).code == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "difference"),
+    [
+        ({"TASK_FEATURE_LENGTHS": {"inputs": 40, "targets": 20}}, "lengths {'inputs': 40, 't"),
+        ({"train__drop_overlong": True}, "drop_overlong False there, True here"),
+        ({"feedback__FeedbackFile__validation_fraction": 0.2}, "validation_fraction 0.3 there, 0"),
+        ({"method": "kto"}, "mismatched False there, True here"),
+        ({"method": "dro_v_single_net"}, "reserved_entry False there, True here"),
+        ({"INIT_CHECKPOINT": None}, "give the INIT_CHECKPOINT that the cache was made with"),
+    ],
+)
+def test_a_cache_of_something_else_is_refused(settings, difference, cache_made, both, tmp_path):
+    shutil.copytree(cache_made, tmp_path / "cache")
+    result = both("train", **settings)
+    assert result.code == 2
+    assert difference in result.err
+    assert len(result.err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cache_of_another_reference_is_refused(cache_made, both, sft_run, tmp_path):
+    shutil.copytree(cache_made, tmp_path / "cache")
+    result = both("train", INIT_CHECKPOINT=str(sft_run.directory / "checkpoint_4"))
+    assert result.code == 2
+    assert "the cache was made with another reference '" in result.err
+
+
+@pytest.fixture(scope="module")
+def cache_made(command, train_flags, feedback_file, sft_run, tmp_path_factory):
+    """A finished cache for DRO-V; copies of it may be damaged."""
+    folder = tmp_path_factory.mktemp("cache")
+    flags = train_flags(
+        "runs/dro_v_tiny.gin",
+        FEEDBACK_FILE=str(feedback_file),
+        MODEL_DIR="out",
+        INIT_CHECKPOINT=str(sft_run.directory),
+        CACHE_DIR=str(folder),
+        TASK_FEATURE_LENGTHS=LENGTHS,
+        TRAIN_STEPS=3,
+    )
+    assert command("cache", *flags[1:]).code == 0
+    return folder
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "message"),
+    [
+        ("train.tfrecord-00000-of-00001", cut, "bytes where"),
+        ("train.tfrecord-00000-of-00001", os.remove, "is missing"),
+        ("manifest.json", os.remove, "is missing or damaged"),
+        ("manifest.json", lambda p: p.write_text("{}"), "is not a manifest"),
+        ("manifest.json", lambda p: p.write_text('{"facts"'), "is missing or damaged"),
+        ("COMPLETED", os.remove, "the cache is not finished; run the same `dro_jax cache` again"),
+    ],
+)
+def test_a_damaged_cache_is_named_and_refused(name, damage, message, cache_made, both, tmp_path):
+    shutil.copytree(cache_made, tmp_path / "cache")
+    damage(tmp_path / "cache" / "feedback" / name)
+    result = both("train")
+    assert result.code == 2
+    assert str(tmp_path / "cache" / "feedback") in result.err
+    assert message in result.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_caching_says_what_it_needs(both, tmp_path):
+    assert "CACHE_DIR must be given: add" in both("cache", CACHE_DIR=None).err
+    assert "INIT_CHECKPOINT must be given" in both("cache", INIT_CHECKPOINT=None).err
+    assert "no cache here; make one" in both("train").err
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_killed_caching_goes_on_where_it_was(cache_made, both, monkeypatch, tmp_path):
+    monkeypatch.setattr(caching, "SHARD", 7)
+    whole = both("cache", CACHE_DIR=str(tmp_path / "whole"))
+    assert whole.code == 0
+    written = []
+    original = caching._write_shard
+
+    def write(shard, *arguments):
+        if len(written) == 3:
+            shard.with_name(shard.name + ".partial").write_bytes(b"half of it")
+            raise SystemExit(9)
+        written.append(shard.name)
+        original(shard, *arguments)
+
+    monkeypatch.setattr(caching, "_write_shard", write)
+    assert both("cache").code == 9
+    other = {"TASK_FEATURE_LENGTHS": {"inputs": 40, "targets": 20}}
+    assert "another lengths {" in both("cache", **other).err
+    assert "the cache is not finished" in both("train").err
+    rewritten = []
+    monkeypatch.setattr(
+        caching,
+        "_write_shard",
+        lambda shard, *arguments: (rewritten.append(shard.name), original(shard, *arguments)),
+    )
+    assert both("cache").code == 0
+    assert not set(written) & set(rewritten)
+    ours, theirs = (
+        {path.name: path.read_bytes() for path in (tmp_path / name / "feedback").iterdir()}
+        for name in ("cache", "whole")
+    )
+    assert ours == theirs
+    assert len(ours) > 8
+    manifest = json.loads(ours["manifest.json"])
+    assert manifest["counts"]["summary"]["rows"] == 60
+    assert manifest["counts"]["overlong"]["completions"] == 0
+
+
+def test_a_cache_is_seqios(cache_made, feedback_file):
+    """SeqIO reads it by itself, by the task's name and the folder."""
+    import seqio
+
+    from dro_jax.data.feedback import FeedbackFile, RewardStatistics
+    from dro_jax.data.tasks import feedback_task
+    from dro_jax.data.vocabulary import load_vocabulary
+
+    seqio.set_global_cache_dirs([str(cache_made)])
+    try:
+        task = feedback_task(
+            FeedbackFile("gone.jsonl"),
+            vocabulary=load_vocabulary(None),
+            statistics=RewardStatistics(0.0, 1.0),
+        )
+        rows = list(
+            task.get_dataset(LENGTHS, "train", use_cached=True, shuffle=False).as_numpy_iterator()
+        )
+        assert task.get_cached_stats("train")["examples"] == len(rows)
+    finally:
+        seqio.set_global_cache_dirs([])
+    assert set(rows[0]) == {"inputs", "targets", "rewards", "reference_log_probs"}
+    assert abs(np.mean([row["rewards"] for row in rows])) < 1e-6
+
+
+def test_sigkill_in_mid_caching(train_flags, feedback_file, sft_run, tmp_path):
+    flags = train_flags(
+        "runs/dro_v_tiny.gin",
+        FEEDBACK_FILE=str(feedback_file),
+        MODEL_DIR=str(tmp_path / "out"),
+        INIT_CHECKPOINT=str(sft_run.directory),
+        CACHE_DIR=str(tmp_path / "cache"),
+        TRAIN_STEPS=3,
+    )
+    code = (
+        "import sys; from dro_jax.data import caching; caching.SHARD = 2; "
+        "from dro_jax.cli.main import main; sys.exit(main())"
+    )
+    arguments = [sys.executable, "-c", code, "cache", *flags[1:]]
+    folder = tmp_path / "cache" / "feedback"
+    with subprocess.Popen(arguments, stdout=subprocess.DEVNULL) as process:
+        while process.poll() is None and len(list(folder.glob("train.tfrecord-*"))) < 3:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    assert process.returncode == -signal.SIGKILL
+    assert not (folder / "COMPLETED").exists()
+    kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tfrecord-*-of-000??")}
+    subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
+    assert kept
+    for name, changed in kept.items():
+        assert (folder / name).stat().st_mtime_ns == changed
+    manifest = caching.read_manifest(tmp_path / "cache")
+    assert len(manifest.shards) == len(list(folder.glob("*.tfrecord-*")))
