@@ -29,7 +29,8 @@ REQUIREMENTS = [
 ]
 
 EXTRAS = {
-    "test": ["pytest", "pytest-xdist", "ruff", "mypy"],
+    # TFDS's own test case for builders needs dill.
+    "test": ["pytest", "pytest-xdist", "ruff", "mypy", "dill"],
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
     # Conversion to and from Hugging Face checkpoints.

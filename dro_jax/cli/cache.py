@@ -81,13 +81,23 @@ def run() -> None:
         prompt_ids=needs.pairs,
         drop_overlong=drop_overlong,
     )
-    score: caching.Score = lambda examples: {}  # noqa: E731 (the other one is made by a function)
+    score: caching.Score | None = None
+    scored: list[str] = []
     if reference is not None:
         score = make_score(
             model, reference, vocabulary, lengths, bound["batch_size"], mesh, needs.mismatched
         )
+        scored = ["reference_log_probs"]
+        scored += ["mismatched_reference_log_probs"] if needs.mismatched else []
     facts = train.cache_facts(
-        feedback, model, needs, lengths, vocabulary_digest, drop_overlong, digest
+        feedback,
+        model,
+        needs,
+        lengths,
+        vocabulary_digest,
+        drop_overlong,
+        digest,
+        summary.digest,
     )
     total = sum(summary.num_input_examples.values())
     with progress_bar("caching", total) as progress:
@@ -103,11 +113,12 @@ def run() -> None:
                 "dtype": np.dtype(model.compute_dtype).name,
             },
             score=score,
+            scored=scored,
             progress=lambda done: progress.update(progress.task_ids[0], completed=done),
         )
     console.print(
-        f"{epath.Path(bound['cache_dir']) / caching.TASK}: {total} examples in {len(manifest.shards)} shards, "
-        f"{sum(manifest.shards.values()) / 1e6:.1f} MB"
+        f"{epath.Path(bound['cache_dir']) / caching.TASK}: {total} examples, "
+        f"{sum(manifest.files.values()) / 1e6:.1f} MB"
     )
 
 

@@ -87,8 +87,8 @@ def show(found: Inspection) -> None:
     for name in (
         "inputs",
         "targets",
-        "prompts cut",
-        "completions cut",
+        "inputs cut",
+        "targets cut",
         "one a row",
         "packed",
         "decoder",

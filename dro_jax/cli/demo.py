@@ -311,7 +311,8 @@ def compare(workdir: epath.Path) -> None:
         table.add_row(*row)
     console.print(table)
     console.print(
-        "on the 24: the policy's probability of the 24 answers, without which a low KL means little"
+        "against the optimum at tau = 1, whatever tau the method has. on the 24: the policy's probability of the "
+        "24 answers, without which a low KL means little. seconds: of the call; the first also trained sft"
     )
     lines = [list(columns), ["---"] * len(columns), *rows]
     place = workdir / "algorithms.md"

@@ -134,15 +134,17 @@ def train(
     model = dataclasses.replace(model, reserved_entry=needs.value == "policy")
     check_vocabulary_fits(vocabulary, model.vocab_size, reserved_entry=model.reserved_entry)
     manifest = None if cache_dir is None else caching.read_manifest(cache_dir)
-    if manifest is None:
-        summary = summarise(feedback)
+    # A cache serves without its file, but not for another one.
+    summary_of_file = (
+        summarise(feedback) if manifest is None or epath.Path(feedback.path).exists() else None
+    )
+    if manifest is not None:
+        summary, overlong = summaries_of_cache(manifest)
+    elif summary_of_file is not None:
+        summary = summary_of_file
         overlong = count_overlong(
             feedback, vocabulary=vocabulary, lengths=lengths, drop_overlong=drop_overlong
         )
-    else:
-        rewards = RewardStatistics(**manifest.counts["summary"]["rewards"])
-        summary = FeedbackSummary(**manifest.counts["summary"] | {"rewards": rewards})
-        overlong = OverlongCounts(**manifest.counts["overlong"])
     check_pairs(needs, batch_size, max_examples, summary)
     meta: checkpoints.Meta = {
         "model": model.architecture(),
@@ -159,7 +161,8 @@ def train(
             "INIT_CHECKPOINT": init_checkpoint,
             "seed": seed,
             "drop_overlong": drop_overlong,
-            "validation_fraction": feedback.validation_fraction,
+            "CACHE_DIR": cache_dir,
+            **{f"FeedbackFile.{name}": value for name, value in vars(feedback).items()},
             **{name.upper(): value for name, value in vars(algorithm).items()},
         },
     }
@@ -170,21 +173,17 @@ def train(
     state, reference = restore(
         directory, layout, algorithm, init_checkpoint, meta, cached=manifest is not None
     )
+    digest: str | None = None
     if needs.reference and reference is not None:
-        meta["reference"] = checkpoints.weights_digest(reference)
+        digest = checkpoints.weights_digest(reference)
     elif needs.reference and state is not None:
-        meta["reference"] = checkpoints.read_meta(directory, int(state.step))["reference"]
+        digest = checkpoints.read_meta(directory, int(state.step)).get("reference")
     if cache_dir is not None and manifest is not None:
-        if needs.reference and "reference" not in meta:
+        if needs.reference and digest is None:
             raise UsageError(f"{cache_dir}: give the INIT_CHECKPOINT that the cache was made with")
+        rows = summary.digest if summary_of_file is None else summary_of_file.digest
         facts = cache_facts(
-            feedback,
-            model,
-            needs,
-            lengths,
-            meta["vocabulary"],
-            drop_overlong,
-            meta.get("reference"),
+            feedback, model, needs, lengths, meta["vocabulary"], drop_overlong, digest, rows
         )
         caching.refuse_differences(epath.Path(cache_dir), manifest.facts, facts)
     make_directory(directory)
@@ -194,12 +193,9 @@ def train(
     # 2. The state: restored, or started from the reference.
     if state is None:
         if reference is None:
-            if manifest is not None and needs.reference:
-                raise UsageError(
-                    f"{cache_dir}: give the INIT_CHECKPOINT that the cache was made with"
-                )
             reference = train_state.init_reference(model, seed, layout)
             if needs.reference:
+                digest = checkpoints.weights_digest(reference)
                 logger.warning(
                     "no INIT_CHECKPOINT: the reference has random weights, which suits a trial only"
                 )
@@ -207,6 +203,7 @@ def train(
         summary.rewards.save_json(directory / STATISTICS)
         if needs.reference:
             checkpoints.save_policy(directory / REFERENCE, reference, meta)
+    meta["reference"] = digest
     if not needs.reference or manifest is not None:
         reference = None
     first_step, position = int(state.step), Position()
@@ -221,6 +218,11 @@ def train(
 
     # 3. The data. A resumed run keeps the reward statistics that it began with.
     statistics = RewardStatistics.load_json(directory / STATISTICS)
+    if statistics != summary.rewards and manifest is not None:
+        raise UsageError(
+            f"{cache_dir}: its rewards are normalised otherwise than those this run began with; choose another "
+            "MODEL_DIR, or the cache it began with"
+        )
     if statistics != summary.rewards:
         logger.warning(
             "the training rows of %s are not those this run began with (mean reward %.6g, then %.6g): "
@@ -289,6 +291,9 @@ def train(
             jax.device_get(evaluation_step(state, reference, loop.to_devices(b, batch_sharding)))
             for b in batches
         ]
+        if not arrays:
+            logger.warning("nothing held out is left to evaluate: no pair, or none short enough")
+            return
         metrics = held_out_metrics(algorithm, jax.tree.map(lambda *x: np.concatenate(x), *arrays))
         held_out_writer.write_scalars(done, metrics)
         console.print(f"held out, step {done}  {format_metrics(metrics, TERMINAL_METRICS)}")
@@ -362,6 +367,23 @@ def check_lengths(lengths: Mapping[str, int]) -> None:
         check_number(f"TASK_FEATURE_LENGTHS[{name!r}]", length, whole=True, at_least=2)
 
 
+def summaries_of_cache(manifest: caching.Manifest) -> tuple[FeedbackSummary, OverlongCounts]:
+    """What `summarise` and `count_overlong` said when a cache was made.
+
+    Raises:
+      UsageError: if the manifest does not hold that.
+    """
+    try:
+        summary = dict(manifest.counts["summary"])
+        summary["rewards"] = RewardStatistics(**summary["rewards"])
+        summary["bad_row_messages"] = tuple(summary["bad_row_messages"])
+        return FeedbackSummary(**summary), OverlongCounts(**manifest.counts["overlong"])
+    except (KeyError, TypeError) as error:
+        raise UsageError(
+            "CACHE_DIR: the manifest lacks what training needs; run `dro_jax cache` again, into another folder"
+        ) from error
+
+
 def cache_facts(
     feedback: FeedbackFile,
     model: T5Config,
@@ -370,6 +392,7 @@ def cache_facts(
     vocabulary: str,
     drop_overlong: bool,
     reference: str | None,
+    rows: str,
 ) -> caching.Facts:
     """What a cache has to have been made with, to serve a run.
 
@@ -381,6 +404,7 @@ def cache_facts(
       vocabulary: `vocabulary_digest`.
       drop_overlong: whether over-long completions are left out.
       reference: `checkpoints.weights_digest` of the reference's weights.
+      rows: `FeedbackSummary.digest` of the rows.
     """
     return {
         "validation_fraction": feedback.validation_fraction,
@@ -394,6 +418,7 @@ def cache_facts(
         "mismatched": needs.mismatched,
         "pairs": needs.pairs,
         "reference": reference,
+        "rows": rows,
     }
 
 
@@ -412,6 +437,11 @@ def check_pairs(needs: Needs, batch_size: int, max_examples: int, summary: Feedb
         raise UsageError(
             f"{summary.path}: no training prompt has two completions, which this method compares; give "
             "more completions a prompt, or another method"
+        )
+    if needs.contrasts and not summary.contrasting_prompts:
+        raise UsageError(
+            f"{summary.path}: no training prompt has completions of different reward, which this method "
+            "prefers one of; give such, or another method"
         )
     if needs.mismatched and batch_size == max_examples == 1:
         logger.warning("batches of one have no mismatched response: KTO's z0 is 0 throughout")

@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import seqio
@@ -52,7 +53,8 @@ def train_batches(
     a batch may span two epochs. Shapes and dtypes are design.md's batch contract.
 
     A task with `prompt_ids` gives pairs, which are not packed: rows 2i and 2i + 1 are two completions of
-    one prompt, other ones in every epoch. A completion that is left over sits that epoch out.
+    one prompt, other ones in every epoch. A completion that is left over sits that epoch out. The
+    examples whose partner has not come yet are held in memory.
 
     Args:
         task: a `feedback_task`.
@@ -154,7 +156,7 @@ def _windows(
             window_size=2,
         )
     windows = examples.skip(first * WINDOW).ragged_batch(WINDOW).prefetch(1)
-    for window in windows.as_numpy_iterator():
+    for window in _readable(task, windows.as_numpy_iterator()):
         count = len(window["rewards"])
         columns = {name: _split(feature, count) for name, feature in window.items()}
         if ids := columns.pop("prompt_ids", None):
@@ -166,6 +168,17 @@ def _windows(
                 dict(zip(columns, row, strict=True))
                 for row in zip(*(c[:count] for c in columns.values()), strict=True)
             ]
+
+
+def _readable(task: seqio.Task, windows: Iterator[Any]) -> Iterator[Any]:
+    try:
+        yield from windows
+    except tf.errors.OpError as error:
+        where = task.cache_dir or task.source.list_shards("train")[0]
+        raise UsageError(
+            f"{where}: cannot be read ({str(error).splitlines()[0][:200]}); a cache is made anew by deleting it "
+            "and running `dro_jax cache`"
+        ) from error
 
 
 def _split(

@@ -6,7 +6,7 @@ and a manifest: what the cache was made from and for, and the size of every shar
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,8 +19,11 @@ from dro_jax.errors import UsageError
 
 TASK = "feedback"
 SPLITS = ("train", "validation")
-SHARD = 4096
-"""Examples a shard; the unit in which an interrupted caching goes on."""
+SHARD = 16_384
+"""Examples a shard: SeqIO reads several in turns, so that what fits a shuffle buffer has to be one."""
+
+PART = 1024
+"""Examples after which an interrupted caching goes on."""
 
 Facts = dict[str, Any]
 Score = Callable[[list[Example]], dict[str, np.ndarray]]
@@ -38,12 +41,12 @@ class Manifest:
     Attributes:
         facts: what it was made from and for, JSON-ready; training compares them with its own.
         counts: rows skipped, cut and used, and the reward statistics: for people and for training.
-        shards: bytes of each shard, by file name.
+        files: bytes of each file that SeqIO reads, by name.
     """
 
     facts: Facts
     counts: Facts
-    shards: dict[str, int]
+    files: dict[str, int]
 
 
 def write(
@@ -52,25 +55,27 @@ def write(
     *,
     facts: Facts,
     counts: Facts,
-    score: Score,
+    score: Score | None,
+    scored: Sequence[str],
     progress: Callable[[int], None] = lambda done: None,
 ) -> Manifest:
-    """Writes a task's cache, going on after the last whole shard of an earlier call.
+    """Writes a task's cache, going on after the last whole part of an earlier call.
 
     Args:
         directory: the cache; the task's folder is made in it.
         task: of `feedback_task`, with `num_input_examples`.
-        facts: of the manifest; an unfinished cache of other facts is refused.
+        facts: of the manifest; a cache of other facts, finished or not, is refused.
         counts: of the manifest.
-        score: from a shard's examples, as the task tokenises them, to what is stored with each: arrays
-            [examples] by feature name, such as reference_log_probs.
+        score: from some examples, as the task tokenises them, to what is stored with each: float32 arrays
+            [examples] by feature name; None where nothing is.
+        scored: the names of these features.
         progress: takes the number of examples done, those of an earlier call included.
 
     Returns:
         The manifest, which has been written last.
 
     Raises:
-        UsageError: the folder holds another cache.
+        UsageError: the folder holds another cache, or the rows are not as many as they were.
     """
     folder = epath.Path(directory) / TASK
     if (folder / _COMPLETED).exists():
@@ -84,32 +89,46 @@ def write(
     else:
         _replace(unfinished, json.dumps(facts, indent=2).encode())
     done = 0
-    shards: dict[str, int] = {}
+    files: dict[str, int] = {}
     for split in SPLITS:
         total = task.num_input_examples(split) or 0
         number = max(1, -(-total // SHARD))
-        features: dict[str, Any] = {}
-        chunks = _chunks(task, split)
+        extra = {name: {"shape": [None], "dtype": "float32"} for name in scored}
+        features: Facts = {}
+        parts = _parts(task, split)
+        before = done
         for index in range(number):
             shard = folder / f"{split}.tfrecord-{index:05d}-of-{number:05d}"
-            chunk = next(chunks, [])
-            if chunk and not features:
-                features = {name: _described(array) for name, array in chunk[0].items()}
+            pieces = []
+            for piece in range(-(-min(SHARD, total - index * SHARD) // PART)):
+                examples = next(parts, [])
+                if examples:
+                    features = {name: _described(array) for name, array in examples[0].items()}
+                pieces.append(epath.Path(f"{shard}.part-{piece:05d}"))
+                if not shard.exists() and not pieces[-1].exists():
+                    _write_part(pieces[-1], examples, score(examples) if score else {})
+                done += len(examples)
+                progress(done)
             if not shard.exists():
-                scores = score(chunk) if chunk else {}
-                _write_shard(shard, chunk, scores)
-            if chunk and index == 0:
-                # A shard of an earlier call knows what it was scored with.
-                features |= dict.fromkeys(
-                    _scored(shard, features), _described(np.zeros(1, np.float32))
-                )
-            shards[shard.name] = shard.stat().length
-            done += len(chunk)
-            progress(done)
-        info = {"num_shards": number, "features": features, "seqio_version": seqio.__version__}
-        _replace(folder / f"info.{split}.json", json.dumps(info).encode())
-        _replace(folder / f"stats.{split}.json", json.dumps({"examples": total}).encode())
-    manifest = Manifest(facts, counts, shards)
+                _join(shard, pieces)
+            files[shard.name] = shard.stat().length
+        if done - before != total or next(parts, None):
+            raise UsageError(f"{folder}: the rows changed while they were cached; {_REMAKE}")
+        info = {
+            "num_shards": number,
+            "features": features | extra if features else {},
+            "seqio_version": seqio.__version__,
+        }
+        for name, content in (
+            (f"info.{split}.json", info),
+            (f"stats.{split}.json", {"examples": total}),
+        ):
+            _replace(folder / name, json.dumps(content).encode())
+            files[name] = (folder / name).stat().length
+    # Of an earlier, interrupted joining.
+    for path in folder.glob("*.part-*"):
+        path.unlink()
+    manifest = Manifest(facts, counts, files)
     text = json.dumps(dataclasses.asdict(manifest), indent=2)
     _replace(folder / _MANIFEST, text.encode())
     _replace(folder / _COMPLETED, b"")
@@ -118,10 +137,10 @@ def write(
 
 
 def read_manifest(directory: epath.PathLike) -> Manifest:
-    """Reads the manifest of a finished cache and checks that its shards are all there, whole.
+    """Reads the manifest of a finished cache and checks that its files are all there, whole.
 
     Raises:
-        UsageError: there is none, it is unfinished or damaged, or a shard is missing or cut off.
+        UsageError: there is none, it is unfinished or damaged, or a file is missing or cut off.
     """
     folder = epath.Path(directory) / TASK
     if not folder.is_dir():
@@ -131,16 +150,16 @@ def read_manifest(directory: epath.PathLike) -> Manifest:
     fields = _load(folder / _MANIFEST)
     try:
         manifest = Manifest(**fields)
-        shards = dict(manifest.shards.items())
+        files = dict(manifest.files.items())
     except (TypeError, AttributeError) as error:
         raise UsageError(f"{folder / _MANIFEST}: is not a manifest; {_REMAKE}") from error
-    for name, size in shards.items():
-        shard = folder / name
-        if not shard.exists():
-            raise UsageError(f"{shard}: is missing; {_REMAKE}")
-        if shard.stat().length != size:
+    for name, size in files.items():
+        file = folder / name
+        if not file.exists():
+            raise UsageError(f"{file}: is missing; {_REMAKE}")
+        if file.stat().length != size:
             raise UsageError(
-                f"{shard}: has {shard.stat().length} bytes where {size} were written; {_REMAKE}"
+                f"{file}: has {file.stat().length} bytes where {size} were written; {_REMAKE}"
             )
     return manifest
 
@@ -155,36 +174,40 @@ def refuse_differences(folder: epath.Path, found: Facts, expected: Facts) -> Non
         raise UsageError(f"{folder}: the cache was made with another {detail}; {_REMAKE}")
 
 
-def _chunks(task: seqio.Task, split: str) -> Iterator[list[Example]]:
-    """The examples of a split in file order, as they are before anything is cut, a shard at a time."""
+def _parts(task: seqio.Task, split: str) -> Iterator[list[Example]]:
+    """The examples of a split in file order, as they are before anything is cut, a part at a time."""
     dataset = task.preprocess_precache(task.source.get_dataset(split=split, shuffle=False))
-    chunk: list[Example] = []
+    part: list[Example] = []
     for example in dataset.prefetch(tf.data.AUTOTUNE).as_numpy_iterator():
-        chunk.append(example)
-        if len(chunk) == SHARD:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+        part.append(example)
+        if len(part) == PART:
+            yield part
+            part = []
+    if part:
+        yield part
 
 
-def _write_shard(
-    shard: epath.Path, examples: list[Example], scores: Mapping[str, np.ndarray]
+def _write_part(
+    path: epath.Path, examples: list[Example], scores: Mapping[str, np.ndarray]
 ) -> None:
-    partial = epath.Path(f"{shard}.partial")
+    partial = epath.Path(f"{path}.partial")
     with tf.io.TFRecordWriter(str(partial)) as writer:
         for number, example in enumerate(examples):
             extra = {name: array[number : number + 1] for name, array in scores.items()}
             record = seqio.utils.dict_to_tfexample({**example, **extra})
             writer.write(record.SerializeToString())
+    partial.replace(path)
+
+
+def _join(shard: epath.Path, pieces: Sequence[epath.Path]) -> None:
+    """Makes a shard of its parts: TFRecord files one after the other are one."""
+    partial = epath.Path(f"{shard}.partial")
+    with partial.open("wb") as file:
+        for piece in pieces:
+            file.write(piece.read_bytes())
     partial.replace(shard)
-
-
-def _scored(shard: epath.Path, features: Mapping[str, Any]) -> list[str]:
-    """Names of what a shard's examples hold beside the task's own features."""
-    record = next(tf.data.TFRecordDataset(str(shard)).take(1).as_numpy_iterator())
-    names = tf.train.Example.FromString(record).features.feature
-    return sorted(set(names) - set(features))
+    for piece in pieces:
+        piece.unlink()
 
 
 def _described(array: np.ndarray) -> Facts:

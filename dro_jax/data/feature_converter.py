@@ -47,7 +47,9 @@ class FeedbackFeatureConverter(seqio.EncDecFeatureConverter):
     ) -> None:
         """Takes which optional features there are, and the options of `seqio.FeatureConverter`."""
         if pack:
-            raise UsageError("feedback rows cannot be packed yet; set pack = False")
+            raise UsageError(
+                "this converter does not pack: use dro_jax.data.batches, or set pack = False"
+            )
         super().__init__(pack=pack, **options)
         self._mismatched, self._prompt_ids = mismatched, prompt_ids
         task, model = dict(type(self).TASK_FEATURES), dict(type(self).MODEL_FEATURES)

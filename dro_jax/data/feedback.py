@@ -151,7 +151,9 @@ class FeedbackSummary:
     `rows` counts every row that is not blank: bad, empty and usable. The usable ones are
     `train_rows` + `validation_rows`. `min_reward` and `max_reward` are over all usable rows,
     `rewards` over the training split alone, before `top_fraction` leaves `top_rows` of it: those with a
-    reward of at least `top_reward`. `train_pairs` counts disjoint pairs of rows of one prompt.
+    reward of at least `top_reward`. `train_pairs` counts disjoint pairs of rows of one prompt,
+    `contrasting_prompts` the training prompts with two different rewards. `digest` identifies the usable
+    rows and their order.
     """
 
     path: str
@@ -164,6 +166,7 @@ class FeedbackSummary:
     train_rows: int
     train_prompts: int
     train_pairs: int
+    contrasting_prompts: int
     top_rows: int
     top_reward: float
     validation_rows: int
@@ -171,6 +174,7 @@ class FeedbackSummary:
     rewards: RewardStatistics
     min_reward: float
     max_reward: float
+    digest: str
 
     @property
     def num_input_examples(self) -> dict[str, int]:
@@ -284,6 +288,8 @@ def summarise(file: FeedbackFile) -> FeedbackSummary:
         "validation": collections.Counter(),
     }
     train_rewards = array.array("d")
+    rewards_of: dict[bytes, float | None] = {}
+    rows_digest = hashlib.sha256()
     mean, squares = 0.0, 0.0
     low, high = math.inf, -math.inf
     for row in read_rows(file.path, file.ultrafeedback_score):
@@ -296,7 +302,10 @@ def summarise(file: FeedbackFile) -> FeedbackSummary:
             continue
         split = split_of(row.prompt, file.validation_fraction)
         rows[split] += 1
-        prompts[split][_prompt_digest(row.prompt)] += 1
+        prompt = _prompt_digest(row.prompt)
+        prompts[split][prompt] += 1
+        for part in (row.prompt, row.completion, repr(row.reward)):
+            rows_digest.update(f"{len(part)}:{part}".encode())
         low, high = min(low, row.reward), max(high, row.reward)
         if split == "train":
             # Welford's recurrence: exact zero for equal rewards, and no cancellation.
@@ -305,6 +314,8 @@ def summarise(file: FeedbackFile) -> FeedbackSummary:
             squares += deviation * (row.reward - mean)
             if file.top_fraction < 1:
                 train_rewards.append(row.reward)
+            if rewards_of.setdefault(prompt, row.reward) != row.reward:
+                rewards_of[prompt] = None  # More than one.
 
     skipped = sum(unusable.values())
     total = skipped + rows["train"] + rows["validation"]
@@ -343,6 +354,7 @@ def summarise(file: FeedbackFile) -> FeedbackSummary:
         train_rows=rows["train"],
         train_prompts=len(prompts["train"]),
         train_pairs=sum(count // 2 for count in prompts["train"].values()),
+        contrasting_prompts=sum(reward is None for reward in rewards_of.values()),
         top_rows=top_rows,
         top_reward=top_reward,
         validation_rows=rows["validation"],
@@ -350,6 +362,7 @@ def summarise(file: FeedbackFile) -> FeedbackSummary:
         rewards=statistics,
         min_reward=low,
         max_reward=high,
+        digest=rows_digest.hexdigest(),
     )
 
 
@@ -409,7 +422,8 @@ def _only(fields: dict[str, Any], *names: str) -> tuple[str, Any]:
         raise _BadRow(f"fields '{given[0]}' and '{given[1]}' are both given; keep one of them")
     if not given:
         state = "null" if any(name in fields for name in names) else "missing"
-        alternatives = "".join(f" (or '{name}')" for name in names[1:])
+        others = ", ".join(f"'{name}'" for name in names[1:])
+        alternatives = f" (or {others})" if others else ""
         raise _BadRow(f"field '{names[0]}'{alternatives} is {state}; give every row one")
     return given[0], fields[given[0]]
 

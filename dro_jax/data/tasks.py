@@ -63,11 +63,11 @@ class FeedbackSource(seqio.DataSource):
 
     @property
     def supports_arbitrary_sharding(self) -> bool:
-        """False: a text file has no parts that can be read apart."""
+        """False: the rows are one stream, of which every row has its partner elsewhere in it."""
         return False
 
     def list_shards(self, split: str) -> list[str]:
-        """Returns the one file."""
+        """Returns the file, or the pattern of the files, which are read one after the other."""
         return [self.file.path]
 
     def get_dataset(
@@ -83,7 +83,7 @@ class FeedbackSource(seqio.DataSource):
     ) -> tf.data.Dataset:
         """Returns one pass over a split in file order; the task shuffles after tokenising."""
         if shard_info is not None and shard_info.num_shards > 1:
-            raise ValueError(f"one file cannot be read as {shard_info.num_shards} shards")
+            raise ValueError(f"one stream cannot be read as {shard_info.num_shards} shards")
 
         signature = {
             "inputs": tf.TensorSpec([None], tf.string),

@@ -171,7 +171,7 @@ def kto_z0(
 ) -> jax.Array:
     """Returns KTO's estimate of KL: max(0, weighted mean of log pi(y'|x) - log pi_ref(y'|x)).
 
-    y' is the response to another prompt of the batch. A single real example has no other: z0 is 0.
+    y' is the response to another prompt. A batch of one real example gives no estimate: z0 is 0.
     No gradient passes.
 
     Args:

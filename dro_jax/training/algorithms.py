@@ -57,6 +57,7 @@ class Needs:
       token_mean: log-probabilities as means over the tokens instead of sums.
       mismatched: the log-probabilities of another prompt's response.
       pairs: batches of responses to one prompt, two by two.
+      contrasts: pairs of which one has the greater reward.
     """
 
     reference: bool = True
@@ -65,6 +66,7 @@ class Needs:
     token_mean: bool = False
     mismatched: bool = False
     pairs: bool = False
+    contrasts: bool = False
 
 
 class Algorithm(Protocol):
@@ -260,7 +262,7 @@ class Pairwise(_Regularised):
     @property
     def needs(self) -> Needs:
         """The reference, and pairs."""
-        return dataclasses.replace(super().needs, pairs=True)
+        return dataclasses.replace(super().needs, pairs=True, contrasts=True)
 
     def loss(self, examples: Examples) -> tuple[Array, Metrics]:
         """See `dro_jax.objectives.pairwise_loss`."""

@@ -11,6 +11,7 @@ import time
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.util.tensor_util import make_ndarray
 
@@ -58,7 +59,7 @@ def losses(directory):
 def test_training_on_a_cache_is_training_without_it(method, max_examples, both, watching, tmp_path):
     made = both("cache", method)
     assert (made.code, made.err) == (0, "")
-    assert "examples in 2 shards" in made.out
+    assert "60 examples, " in made.out
     settings = {"method": method, "MAX_EXAMPLES": max_examples}
     batches = []
     for name, cache in (("cached", str(tmp_path / "cache")), ("plain", None)):
@@ -142,6 +143,10 @@ def cut(path):
     path.write_bytes(path.read_bytes()[:-7])
 
 
+def no_counts(path):
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"counts": {}}))
+
+
 @pytest.mark.parametrize(
     ("name", "damage", "message"),
     [
@@ -150,6 +155,9 @@ def cut(path):
         ("manifest.json", os.remove, "is missing or damaged"),
         ("manifest.json", lambda p: p.write_text("{}"), "is not a manifest"),
         ("manifest.json", lambda p: p.write_text('{"facts"'), "is missing or damaged"),
+        ("manifest.json", no_counts, "the manifest lacks what training needs"),
+        ("info.train.json", cut, "bytes where"),
+        ("stats.validation.json", os.remove, "is missing"),
         ("COMPLETED", os.remove, "the cache is not finished; run the same `dro_jax cache` again"),
     ],
 )
@@ -158,7 +166,7 @@ def test_a_damaged_cache_is_named_and_refused(name, damage, message, cache_made,
     damage(tmp_path / "cache" / "feedback" / name)
     result = both("train")
     assert result.code == 2
-    assert str(tmp_path / "cache" / "feedback") in result.err
+    assert len(result.err.splitlines()) == 1
     assert message in result.err
     assert not (tmp_path / "out").exists()
 
@@ -170,21 +178,50 @@ def test_caching_says_what_it_needs(both, tmp_path):
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_flipped_bit_is_named_when_it_is_read(cache_made, both, tmp_path):
+    shutil.copytree(cache_made, tmp_path / "cache")
+    shard = tmp_path / "cache" / "feedback" / "train.tfrecord-00000-of-00001"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    result = both("train")
+    assert result.code == 2
+    assert "feedback: cannot be read" in result.err
+
+
+def test_a_cache_is_of_its_rows(cache_made, both, feedback_file, tmp_path):
+    shutil.copytree(cache_made, tmp_path / "cache")
+    lines = feedback_file.read_text().splitlines(keepends=True)
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join([*lines[:10], *lines[11:]]))
+    for subcommand in ("cache", "train"):
+        result = both(subcommand, FEEDBACK_FILE=str(other))
+        assert result.code == 2
+        assert "the cache was made with another rows '" in result.err
+    # A cache serves when the file is gone, or elsewhere with the same rows.
+    elsewhere = tmp_path / "elsewhere.jsonl"
+    elsewhere.write_text("".join(lines))
+    for name, path in (("a", elsewhere), ("b", tmp_path / "gone.jsonl")):
+        result = both("train", FEEDBACK_FILE=str(path), MODEL_DIR=str(tmp_path / name))
+        assert result.code == 0, result.err
+
+
 def test_a_killed_caching_goes_on_where_it_was(cache_made, both, monkeypatch, tmp_path):
-    monkeypatch.setattr(caching, "SHARD", 7)
+    monkeypatch.setattr(caching, "SHARD", 14)
+    monkeypatch.setattr(caching, "PART", 3)
     whole = both("cache", CACHE_DIR=str(tmp_path / "whole"))
     assert whole.code == 0
     written = []
-    original = caching._write_shard
+    original = caching._write_part
 
-    def write(shard, *arguments):
-        if len(written) == 3:
-            shard.with_name(shard.name + ".partial").write_bytes(b"half of it")
+    def write(part, *arguments):
+        if len(written) == 7:
+            epath.Path(f"{part}.partial").write_bytes(b"half of it")
             raise SystemExit(9)
-        written.append(shard.name)
-        original(shard, *arguments)
+        written.append(part.name)
+        original(part, *arguments)
 
-    monkeypatch.setattr(caching, "_write_shard", write)
+    monkeypatch.setattr(caching, "_write_part", write)
     assert both("cache").code == 9
     other = {"TASK_FEATURE_LENGTHS": {"inputs": 40, "targets": 20}}
     assert "another lengths {" in both("cache", **other).err
@@ -192,8 +229,8 @@ def test_a_killed_caching_goes_on_where_it_was(cache_made, both, monkeypatch, tm
     rewritten = []
     monkeypatch.setattr(
         caching,
-        "_write_shard",
-        lambda shard, *arguments: (rewritten.append(shard.name), original(shard, *arguments)),
+        "_write_part",
+        lambda part, *arguments: (rewritten.append(part.name), original(part, *arguments)),
     )
     assert both("cache").code == 0
     assert not set(written) & set(rewritten)
@@ -243,21 +280,23 @@ def test_sigkill_in_mid_caching(train_flags, feedback_file, sft_run, tmp_path):
         TRAIN_STEPS=3,
     )
     code = (
-        "import sys; from dro_jax.data import caching; caching.SHARD = 2; "
+        "import sys; from dro_jax.data import caching; caching.SHARD = 8; caching.PART = 2; "
         "from dro_jax.cli.main import main; sys.exit(main())"
     )
     arguments = [sys.executable, "-c", code, "cache", *flags[1:]]
     folder = tmp_path / "cache" / "feedback"
     with subprocess.Popen(arguments, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and len(list(folder.glob("train.tfrecord-*"))) < 3:
+        while process.poll() is None and len(list(folder.glob("train.tfrecord-*"))) < 4:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert not (folder / "COMPLETED").exists()
     kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tfrecord-*-of-000??")}
+    parts = [path.name for path in folder.glob("*.part-*") if not path.name.endswith(".partial")]
     subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
-    assert kept
+    assert kept or parts
     for name, changed in kept.items():
         assert (folder / name).stat().st_mtime_ns == changed
     manifest = caching.read_manifest(tmp_path / "cache")
-    assert len(manifest.shards) == len(list(folder.glob("*.tfrecord-*")))
+    shards = [name for name in manifest.files if "tfrecord" in name]
+    assert sorted(shards) == sorted(path.name for path in folder.glob("*.tfrecord-*"))

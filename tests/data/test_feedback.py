@@ -39,9 +39,12 @@ BAD_LINES = [
     ),
     (
         '{"prompt": "p", "completion": "c"}',
-        "field 'reward' (or 'label') is missing; give every row",
+        "field 'reward' (or 'label', 'score') is missing; give every row",
     ),
-    ('{"prompt": "p", "completion": "c", "reward": null}', "field 'reward' (or 'label') is null"),
+    (
+        '{"prompt": "p", "completion": "c", "reward": null}',
+        "field 'reward' (or 'label', 'score') is null",
+    ),
     (
         '{"prompt": "p", "completion": "c", "reward": 1, "label": true}',
         "fields 'reward' and 'label' are both given; keep one of them",
@@ -144,7 +147,8 @@ def test_too_many_unusable_rows(path):
     lines = [row(f"p{i}", i) for i in range(18)] + [row("p", 1, ""), "{"]
     name = write(path, *lines)
     message = (
-        r"2 of 20 rows are unusable \(1 bad, 0 with an empty prompt, 1 with an empty completion\), "
+        r"2 of 20 rows are unusable \(1 bad, 0 with an empty prompt, 1 with an empty completion, "
+        r"0 that nobody rated\), "
         r"more than max_unusable_fraction = 0.05 allows; correct the file or raise "
         r"max_unusable_fraction; the first: .*rows.jsonl, line 19: field 'completion' is empty$"
     )
@@ -179,7 +183,9 @@ def test_files_that_cannot_be_used(path, content, problem):
 
 
 def test_directory(tmp_path):
-    with pytest.raises(UsageError, match=r": is a directory; name one JSONL file in it$"):
+    with pytest.raises(
+        UsageError, match=r": is a directory; name a file in it, or all as .*\*.jsonl$"
+    ):
         feedback.summarise(FeedbackFile(str(tmp_path)))
 
 

@@ -135,7 +135,7 @@ def test_source_is_a_seqio_source(file):
     assert task.num_input_examples("validation") == 21
     assert task.source.list_shards("train") == [file.path]
     assert task.supports_caching
-    with pytest.raises(ValueError, match="cannot be read as 2 shards"):
+    with pytest.raises(ValueError, match="one stream cannot be read as 2 shards"):
         task.source.get_dataset("train", shard_info=seqio.ShardInfo(0, 2))
 
 
@@ -212,5 +212,5 @@ def test_converter_of_optional_features_by_hand():
 
 
 def test_converter_refuses_to_pack():
-    with pytest.raises(UsageError, match="feedback rows cannot be packed yet; set pack = False"):
+    with pytest.raises(UsageError, match="this converter does not pack: use dro_jax.data.batches"):
         FeedbackFeatureConverter(pack=True)
