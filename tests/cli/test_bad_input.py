@@ -73,7 +73,10 @@ NAN_ROW = '{"prompt": "p", "completion": "c", "reward": NaN}'
         ('["a"]', ", line 7: is"),
         ({"completion": "c", "reward": 1}, ", line 7: field 'prompt' is missing"),
         ({"prompt": "p", "reward": 1}, ", line 7: field 'completion' (or 'response') is missing"),
-        ({"prompt": "p", "completion": "c"}, ", line 7: field 'reward' (or 'label') is missing"),
+        (
+            {"prompt": "p", "completion": "c"},
+            ", line 7: field 'reward' (or 'label', 'score') is missing",
+        ),
         (NAN_ROW, ", line 7: field 'reward' is NaN, not a finite number"),
         (NAN_ROW.replace("NaN", "1e999"), ", line 7: field 'reward' is Infinity, not a finite"),
         (NAN_ROW.replace("NaN", '"good"'), ", line 7: field 'reward' is \"good\", not a number"),

@@ -212,5 +212,5 @@ def test_converter_of_optional_features_by_hand():
 
 
 def test_converter_refuses_to_pack():
-    with pytest.raises(UsageError, match="this converter does not pack: use dro_jax.data.batches"):
+    with pytest.raises(UsageError, match="this converter does not pack: use"):
         FeedbackFeatureConverter(pack=True)
