@@ -33,6 +33,8 @@ EXTRAS = {
     "test": ["pytest", "pytest-xdist", "ruff", "mypy", "dill"],
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
+    # seqio_cache_tasks. Beam wants protobuf 6, a newer sentencepiece 7.
+    "cache": ["apache-beam[tfrecord]", "sentencepiece<0.2.1"],
     # Conversion to and from Hugging Face checkpoints.
     "hf": ["safetensors", "transformers"],
     # T5X is on no package registry, so this cannot name it; the rest of its stack is required above.

@@ -145,6 +145,9 @@ def train(
         overlong = count_overlong(
             feedback, vocabulary=vocabulary, lengths=lengths, drop_overlong=drop_overlong
         )
+        if cache_dir is not None:
+            needed = ["mismatched_targets"] * needs.mismatched + ["prompt_ids"] * needs.pairs
+            caching.check_seqio_cache(cache_dir, summary.num_input_examples, needed)
     check_pairs(needs, batch_size, max_examples, summary)
     meta: checkpoints.Meta = {
         "model": model.architecture(),

@@ -5,7 +5,6 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import numpy as np
 import seqio
@@ -93,9 +92,9 @@ def evaluation_batches(
     The last batch is filled up with empty rows, whose `reward_weights` and `decoder_loss_weights` are 0.
     An empty split gives no batch. Arguments as of `train_batches`.
     """
-    windows = _windows(task, _examples(task, split, lengths))
     rows = itertools.chain.from_iterable(
-        _pack_window(window, lengths, max_examples) for window in windows
+        pack_window(window, lengths, max_examples)
+        for window in _readable(task, windows(_examples(task, split, lengths)))
     )
     size = batch_size // share.count
     while batch := list(itertools.islice(rows, batch_size)):
@@ -123,8 +122,8 @@ def _train_rows(
             shuffled = _examples(task, "train", lengths, seed=order)
         first = start.window if epoch == start.epoch else 0
         number = first - 1
-        for number, window in enumerate(_windows(task, shuffled, first), first):
-            rows = _pack_window(window, lengths, max_examples)
+        for number, window in enumerate(_readable(task, windows(shuffled, first)), first):
+            rows = pack_window(window, lengths, max_examples)
             if max_examples > 1:
                 # They come longest first.
                 rng = np.random.default_rng([seed, epoch, number])
@@ -139,24 +138,26 @@ def _train_rows(
             )
 
 
-def _pack_window(window: list[Example], lengths: Mapping[str, int], max_examples: int) -> list[Row]:
+def pack_window(window: list[Example], lengths: Mapping[str, int], max_examples: int) -> list[Row]:
+    """Returns the examples of a window as rows; see `packing.pack`."""
     sizes = text_lengths(window)
     limits = [lengths["inputs"], *[lengths["targets"]] * (sizes.shape[1] - 1)]
     return [[window[i] for i in row] for row in pack(sizes, limits, max_examples)]
 
 
-def _windows(
-    task: seqio.Task, examples: tf.data.Dataset, first: int = 0
-) -> Iterator[list[Example]]:
-    """Examples, `WINDOW` at a time, as NumPy arrays; pairs side by side where the task has prompt ids."""
-    if "prompt_ids" in task.output_features:
+def windows(examples: tf.data.Dataset, first: int = 0) -> Iterator[list[Example]]:
+    """Yields examples as NumPy arrays, `WINDOW` at a time, from the `first` window on.
+
+    Where they have prompt ids, those of one prompt come two by two, and what has no partner is left out.
+    """
+    if "prompt_ids" in examples.element_spec:
         examples = examples.group_by_window(
             key_func=lambda example: example["prompt_ids"][0],
             reduce_func=lambda _, group: group,
             window_size=2,
         )
-    windows = examples.skip(first * WINDOW).ragged_batch(WINDOW).prefetch(1)
-    for window in _readable(task, windows.as_numpy_iterator()):
+    batched = examples.skip(first * WINDOW).ragged_batch(WINDOW).prefetch(1)
+    for window in batched.as_numpy_iterator():
         count = len(window["rewards"])
         columns = {name: _split(feature, count) for name, feature in window.items()}
         if ids := columns.pop("prompt_ids", None):
@@ -170,9 +171,9 @@ def _windows(
             ]
 
 
-def _readable(task: seqio.Task, windows: Iterator[Any]) -> Iterator[Any]:
+def _readable(task: seqio.Task, found: Iterator[list[Example]]) -> Iterator[list[Example]]:
     try:
-        yield from windows
+        yield from found
     except tf.errors.OpError as error:
         where = task.cache_dir or task.source.list_shards("train")[0]
         raise UsageError(

@@ -80,6 +80,8 @@ def write(
     folder = epath.Path(directory) / TASK
     if (folder / _COMPLETED).exists():
         found = read_manifest(directory)
+        if found is None:
+            raise UsageError(f"{folder}: is a cache of seqio_cache_tasks; choose another folder")
         refuse_differences(folder, found.facts, facts)
         return found
     folder.mkdir(parents=True, exist_ok=True)
@@ -136,8 +138,11 @@ def write(
     return manifest
 
 
-def read_manifest(directory: epath.PathLike) -> Manifest:
+def read_manifest(directory: epath.PathLike) -> Manifest | None:
     """Reads the manifest of a finished cache and checks that its files are all there, whole.
+
+    Returns:
+        The manifest; None for a cache that `seqio_cache_tasks` made, which has none.
 
     Raises:
         UsageError: there is none, it is unfinished or damaged, or a file is missing or cut off.
@@ -147,6 +152,8 @@ def read_manifest(directory: epath.PathLike) -> Manifest:
         raise UsageError(f"{directory}: no cache here; make one with `dro_jax cache`")
     if not (folder / _COMPLETED).exists():
         raise UsageError(f"{folder}: the cache is not finished; run the same `dro_jax cache` again")
+    if not (folder / _MANIFEST).exists() and not _has_scores(folder):
+        return None
     fields = _load(folder / _MANIFEST)
     try:
         manifest = Manifest(**fields)
@@ -164,6 +171,34 @@ def read_manifest(directory: epath.PathLike) -> Manifest:
     return manifest
 
 
+def check_seqio_cache(
+    directory: epath.PathLike, examples: Mapping[str, int], needed: Sequence[str]
+) -> None:
+    """Checks that a cache of `seqio_cache_tasks` serves a run.
+
+    Args:
+        directory: the cache.
+        examples: how many the feedback file has in each split.
+        needed: features that the method takes of the task.
+
+    Raises:
+        UsageError: it has not as many examples, or lacks a feature.
+    """
+    folder = epath.Path(directory) / TASK
+    features = _load(folder / "info.train.json").get("features", {})
+    for name in needed:
+        if name not in features:
+            raise UsageError(
+                f"{folder}: has no {name}, which this method takes; use `dro_jax cache`"
+            )
+    for split, number in examples.items():
+        cached = _load(folder / f"stats.{split}.json").get("examples", 0) if number else 0
+        if cached != number:
+            raise UsageError(
+                f"{folder}: has {cached} examples for {split}, but the feedback file {number}; {_REMAKE}"
+            )
+
+
 def refuse_differences(folder: epath.Path, found: Facts, expected: Facts) -> None:
     """Raises UsageError naming what differs where a cache was made from or for something else."""
     differing = [name for name in expected if found.get(name) != expected[name]]
@@ -172,6 +207,12 @@ def refuse_differences(folder: epath.Path, found: Facts, expected: Facts) -> Non
             f"{name} {found.get(name)!r} there, {expected[name]!r} here" for name in differing[:3]
         )
         raise UsageError(f"{folder}: the cache was made with another {detail}; {_REMAKE}")
+
+
+def _has_scores(folder: epath.Path) -> bool:
+    """Whether the examples hold what only `write` puts there."""
+    features = _load(folder / "info.train.json").get("features", {})
+    return any(name.endswith("reference_log_probs") for name in features)
 
 
 def _parts(task: seqio.Task, split: str) -> Iterator[list[Example]]:

@@ -1,30 +1,32 @@
-"""From the features of a feedback task to those of a batch."""
+"""From the features of a feedback task to those of a batch, as SeqIO and T5X want it: dataset in, dataset out."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
+import numpy as np
 import seqio
 import tensorflow as tf
 
-from dro_jax.errors import UsageError
+from dro_jax.data.batches import pack_window, windows
+from dro_jax.data.packing import fill_rows
 
 _spec = seqio.FeatureConverter.FeatureSpec
 _DECODER_FEATURES = ("decoder_target_tokens", "decoder_input_tokens", "decoder_loss_weights")
+_PACKING_FEATURES = ("decoder_segment_ids", "decoder_positions")
 
 
 class FeedbackFeatureConverter(seqio.EncDecFeatureConverter):
-    """T5's encoder-decoder features, with a reward for each example of a row.
+    """T5's encoder-decoder features, with numbers for each example of a row: design.md's batch contract.
 
-    From `inputs`, `targets` and `rewards` of lengths Ti, To and N = 1 (one example a row):
-    `encoder_input_tokens` [Ti], `decoder_target_tokens`, `decoder_input_tokens` (the targets shifted
-    right behind a 0) and `decoder_loss_weights` [To], int32; `rewards` and `reward_weights` [N],
-    float32. Weights are 1 at real tokens, the end of sequence included, and at real examples. With
-    `mismatched`, another prompt's completion comes from `mismatched_targets` as
-    `mismatched_decoder_target_tokens`, `_input_tokens` and `_loss_weights`; with `prompt_ids`, these
-    [N], int64, pass through.
+    From `inputs`, `targets` and `rewards` of lengths Ti, To and N: `encoder_input_tokens` [Ti],
+    `decoder_target_tokens`, `decoder_input_tokens` (the targets shifted right behind a 0) and
+    `decoder_loss_weights` [To], int32; `rewards` and `reward_weights` [N], float32. Weights are 1 at real
+    tokens, the end of sequence included, and at real examples.
 
-    Raises:
-        UsageError: `pack` is set.
+    With `pack`, rows hold up to N examples, packed by `dro_jax.data.packing` a window at a time, with
+    segment ids and positions; without, N is 1. With `mismatched`, another prompt's completion comes from
+    `mismatched_targets` as `mismatched_decoder_target_tokens` and so on. With `cached`, the reference's
+    log-probabilities [N] pass through.
     """
 
     TASK_FEATURES: Mapping[str, Any] = {
@@ -38,56 +40,56 @@ class FeedbackFeatureConverter(seqio.EncDecFeatureConverter):
     }
 
     def __init__(
-        self,
-        pack: bool = False,
-        *,
-        mismatched: bool = False,
-        prompt_ids: bool = False,
-        **options: Any,
+        self, pack: bool = False, *, mismatched: bool = False, cached: bool = False, **options: Any
     ) -> None:
         """Takes which optional features there are, and the options of `seqio.FeatureConverter`."""
-        if pack:
-            raise UsageError(
-                "this converter does not pack: use dro_jax.data.batches, or set pack = False"
-            )
         super().__init__(pack=pack, **options)
-        self._mismatched, self._prompt_ids = mismatched, prompt_ids
+        self._mismatched_names: list[str] = []
+        self._cached_names: list[str] = []
         task, model = dict(type(self).TASK_FEATURES), dict(type(self).MODEL_FEATURES)
         if mismatched:
+            names = (*_DECODER_FEATURES, *(_PACKING_FEATURES if pack else ()))
+            self._mismatched_names = [f"mismatched_{name}" for name in names]
             task["mismatched_targets"] = _spec(dtype=tf.int32)
-            model |= {f"mismatched_{name}": _spec(dtype=tf.int32) for name in _DECODER_FEATURES}
-        if prompt_ids:
-            task["prompt_ids"] = model["prompt_ids"] = _spec(dtype=tf.int64)
+            model |= dict.fromkeys(self._mismatched_names, _spec(dtype=tf.int32))
+        if cached:
+            self._cached_names = ["reference_log_probs"]
+            self._cached_names += ["mismatched_reference_log_probs"] if mismatched else []
+            task |= dict.fromkeys(self._cached_names, _spec(dtype=tf.float32))
+            model |= dict.fromkeys(self._cached_names, _spec(dtype=tf.float32))
         self.TASK_FEATURES, self.MODEL_FEATURES = task, model
 
-    def _convert_example(self, features: Mapping[str, tf.Tensor]) -> Mapping[str, tf.Tensor]:
-        converted = {
-            **super()._convert_example(features),
-            "rewards": features["rewards"],
-            "reward_weights": tf.ones_like(features["rewards"]),
+    def _convert_features(
+        self, ds: tf.data.Dataset, task_feature_lengths: Mapping[str, int]
+    ) -> tf.data.Dataset:
+        lengths = {name: task_feature_lengths[name] for name in ("inputs", "targets")}
+        max_examples = task_feature_lengths["rewards"]
+        if not self.pack and max_examples != 1:
+            raise ValueError(f"rows that are not packed hold one example, not {max_examples}")
+
+        def rows() -> Iterator[dict[str, np.ndarray]]:
+            for window in windows(ds):
+                for row in pack_window(window, lengths, max_examples):
+                    filled = fill_rows([row], lengths=lengths, max_examples=max_examples)
+                    yield {name: filled[name][0] for name in signature}
+
+        dtypes = {name: spec.dtype for name, spec in self.MODEL_FEATURES.items()}
+        model_lengths = self.get_model_feature_lengths(task_feature_lengths)
+        signature = {
+            name: tf.TensorSpec([length], dtypes.get(name, tf.int32))
+            for name, length in model_lengths.items()
+            # With one example a row there is nothing to tell apart.
+            if max_examples > 1 or not name.endswith(("_segment_ids", "_positions"))
         }
-        if self._mismatched:
-            other = super()._convert_example(
-                {**features, "targets": features["mismatched_targets"]}
-            )
-            converted |= {f"mismatched_{name}": other[name] for name in _DECODER_FEATURES}
-        if self._prompt_ids:
-            converted["prompt_ids"] = features["prompt_ids"]
-        return converted
+        return tf.data.Dataset.from_generator(rows, output_signature=signature)
 
     def get_model_feature_lengths(
         self, task_feature_lengths: Mapping[str, int]
     ) -> Mapping[str, int]:
         """Returns the length of each batch feature from those of the task features."""
         examples = task_feature_lengths["rewards"]
-        lengths = {
+        return {
             **super().get_model_feature_lengths(task_feature_lengths),
-            "rewards": examples,
-            "reward_weights": examples,
+            **dict.fromkeys(self._mismatched_names, task_feature_lengths["targets"]),
+            **dict.fromkeys(("rewards", "reward_weights", *self._cached_names), examples),
         }
-        if self._mismatched:
-            length = task_feature_lengths["mismatched_targets"]
-            lengths |= {f"mismatched_{name}": length for name in _DECODER_FEATURES}
-        if self._prompt_ids:
-            lengths["prompt_ids"] = examples
-        return lengths

@@ -19,8 +19,10 @@ from dro_jax.data.feedback import (
     prompt_id,
     read_feedback,
     split_of,
+    summarise,
 )
 from dro_jax.data.mismatched import mismatch_offset
+from dro_jax.data.vocabulary import load_vocabulary
 from dro_jax.errors import UsageError
 
 # Files up to this many rows are shuffled as a whole; a row takes about 8 KB at 512 + 512 tokens.
@@ -187,6 +189,38 @@ def feedback_task(
         output_features=output_features,
         shuffle_buffer_size=_SHUFFLE_BUFFER_SIZE,
     )
+
+
+def register_feedback_task(
+    name: str, file: FeedbackFile, *, vocabulary_file: str | None = None
+) -> seqio.Task:
+    """Registers a feedback task with SeqIO, for tools that find tasks by name.
+
+    A module that calls this is what `seqio_cache_tasks --module_import` takes:
+
+        register_feedback_task("feedback", FeedbackFile("my.jsonl"))
+
+    A task called "feedback" that it caches can be trained from as CACHE_DIR, by the same settings.
+
+    Args:
+        name: of the task.
+        file: what to read, and how to judge and split it.
+        vocabulary_file: a SentencePiece model, or None for bytes.
+
+    Raises:
+        UsageError: as `summarise` and `load_vocabulary`.
+    """
+    summary = summarise(file)
+    task = feedback_task(
+        file,
+        vocabulary=load_vocabulary(vocabulary_file),
+        statistics=summary.rewards,
+        num_input_examples=summary.num_input_examples,
+        min_reward=summary.top_reward,
+        name=name,
+    )
+    seqio.TaskRegistry.add_provider(name, task)
+    return task
 
 
 @dataclasses.dataclass(frozen=True)

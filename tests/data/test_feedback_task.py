@@ -11,6 +11,7 @@ import tensorflow as tf
 from dro_jax.data import feedback, tasks
 from dro_jax.data.feature_converter import FeedbackFeatureConverter
 from dro_jax.data.feedback import FeedbackFile, RewardStatistics
+from dro_jax.data.packing import fill_rows
 from dro_jax.data.vocabulary import encode_completion, encode_prompt, load_vocabulary
 from dro_jax.errors import UsageError
 
@@ -182,35 +183,51 @@ def test_converter_by_hand():
         np.testing.assert_array_equal(second[name], array, strict=True)
 
 
-def test_converter_of_optional_features_by_hand():
-    example = {
-        "inputs": np.int32([7, 1]),
-        "targets": np.int32([3, 9, 1]),
-        "rewards": np.float32([-0.75]),
-        "mismatched_targets": np.int32([6, 1]),
-        "prompt_ids": np.int64([-(2**63)]),
-    }
-    dataset = tf.data.Dataset.from_tensors(example)
-    lengths = {"inputs": 3, "targets": 3, "mismatched_targets": 4}
-    converter = FeedbackFeatureConverter(mismatched=True, prompt_ids=True)
-    (batch,) = converter(dataset, {**lengths, "rewards": 1, "prompt_ids": 1}).as_numpy_iterator()
-    expected = {
-        "encoder_input_tokens": np.int32([7, 1, 0]),
-        "decoder_input_tokens": np.int32([0, 3, 9]),
-        "decoder_target_tokens": np.int32([3, 9, 1]),
-        "decoder_loss_weights": np.int32([1, 1, 1]),
-        "rewards": np.float32([-0.75]),
-        "reward_weights": np.float32([1]),
-        "mismatched_decoder_input_tokens": np.int32([0, 6, 1, 0]),
-        "mismatched_decoder_target_tokens": np.int32([6, 1, 0, 0]),
-        "mismatched_decoder_loss_weights": np.int32([1, 1, 0, 0]),
-        "prompt_ids": np.int64([-(2**63)]),
-    }
-    assert set(batch) == set(expected)
+CONVERTED = {
+    "inputs": [[7, 8, 1], [6, 1], [5, 1]],
+    "targets": [[3, 9, 1], [4, 1], [4, 4, 4, 1]],
+    "mismatched_targets": [[4, 1], [4, 4, 4, 1], [3, 9, 1]],
+    "rewards": [[-0.75], [0.0], [2.0]],
+    "reference_log_probs": [[-1.5], [-2.5], [-3.5]],
+    "mismatched_reference_log_probs": [[-4.0], [-5.0], [-6.0]],
+}
+
+
+@pytest.mark.parametrize("max_examples", [1, 2])
+def test_converter_gives_the_rows_of_training(max_examples):
+    """Packed or not, with another prompt's completions and cached log-probabilities."""
+    examples = [
+        {
+            name: np.array(
+                values[i], np.int32 if "targets" in name or name == "inputs" else np.float32
+            )
+            for name, values in CONVERTED.items()
+        }
+        for i in range(3)
+    ]
+    dataset = tf.data.Dataset.from_generator(
+        lambda: examples,
+        output_signature={
+            name: tf.TensorSpec([None], array.dtype) for name, array in examples[0].items()
+        },
+    )
+    lengths = {"inputs": 5, "targets": 6, "mismatched_targets": 6}
+    per_example = dict.fromkeys(list(CONVERTED)[3:], max_examples)
+    converter = FeedbackFeatureConverter(pack=max_examples > 1, mismatched=True, cached=True)
+    got = list(converter(dataset, {**lengths, **per_example}).as_numpy_iterator())
+    rows = [[0], [1], [2]] if max_examples == 1 else [[1, 0], [2]]
+    expected = fill_rows(
+        [[examples[i] for i in row] for row in rows],
+        lengths={"inputs": 5, "targets": 6},
+        max_examples=max_examples,
+    )
+    assert len(got) == len(rows)
+    assert all(set(row) == set(expected) for row in got)
     for name, array in expected.items():
-        np.testing.assert_array_equal(batch[name], array, strict=True)
+        np.testing.assert_array_equal(np.stack([row[name] for row in got]), array, strict=True)
 
 
-def test_converter_refuses_to_pack():
-    with pytest.raises(UsageError, match="this converter does not pack: use"):
-        FeedbackFeatureConverter(pack=True)
+def test_converter_has_one_example_a_row_where_it_does_not_pack():
+    dataset = tf.data.Dataset.from_tensors({"inputs": [1], "targets": [1], "rewards": [0.5]})
+    with pytest.raises(ValueError, match="rows that are not packed hold one example, not 3"):
+        FeedbackFeatureConverter()(dataset, {"inputs": 4, "targets": 4, "rewards": 3})
