@@ -23,8 +23,9 @@ from dro_jax.cli import configuration, demo, generate
 from dro_jax.cli import train as train_module
 from dro_jax.data import demonstration
 from dro_jax.data.feedback import read_rows, split_of
-from dro_jax.networks import T5
+from dro_jax.networks import T5, ValueNetwork
 from dro_jax.training import checkpoints, optimizers, partitioning, train_state
+from dro_jax.training.algorithms import DroP, DroV
 
 VALIDATION_FRACTION, TAU, NUM_STEPS = 0.3, 0.5, 6
 
@@ -51,6 +52,12 @@ def whole_state(directory):
         rules=rules,
     )
     return jax.device_get(checkpoints.restore_latest(directory, layout.abstract(), {}))
+
+
+def values_of(directory, policy, inputs):
+    """V of prompts int32 [P, Ti], from a run's newest checkpoint."""
+    params = demo.restore_value(directory, DroV(), policy)["value"]
+    return np.asarray(ValueNetwork(policy.config).apply({"params": params}, inputs))[:, 0]
 
 
 def rows_by_split(path):
@@ -225,7 +232,7 @@ def test_held_out_metrics_against_numpy(dro_v_run, feedback_file):
 
     log_ratio = log_probs(policy.params) - log_probs(reference.params)
     reward = np.array([(r.reward - statistics["mean"]) / statistics["std"] for r in rows])
-    value = demo.values(directory, "dro_v", policy, inputs).astype(np.float64)
+    value = values_of(directory, policy, inputs).astype(np.float64)
     residual = reward - value - TAU * log_ratio
     target = reward - TAU * log_ratio
     expected = {
@@ -252,7 +259,7 @@ def test_the_demo_s_measures_against_loops(dro_v_run, sft_run, monkeypatch):
     monkeypatch.setattr(demo, "TAU", 0.5)
     reference, policy = (generate.load_policy(str(r.directory)) for r in (sft_run, dro_v_run))
     prompts = ["ann: d b a c", "cat: a b c d", "fay: c a d b"]
-    distance = demo.measure(dro_v_run.directory, "dro_v", reference, policy, prompts)
+    distance = demo.measure(dro_v_run.directory, DroV(tau=0.5), reference, policy, prompts)
 
     statistics = json.loads((dro_v_run.directory / "reward_statistics.json").read_text())
     batch = demo.answer_batch(policy, prompts, [demonstration.answers(p) for p in prompts])
@@ -267,7 +274,7 @@ def test_the_demo_s_measures_against_loops(dro_v_run, sft_run, monkeypatch):
             [sum(row[np.arange(8), y]) for row, y in zip(tokens, targets, strict=True)]
         )
     inputs = batch["encoder_input_tokens"][::24]
-    values = demo.values(dro_v_run.directory, "dro_v", policy, inputs)
+    values = values_of(dro_v_run.directory, policy, inputs)
     assert values.shape == (3,)
 
     j = {"start": 0.0, "reached": 0.0, "possible": 0.0}
@@ -293,15 +300,23 @@ def test_the_demo_s_measures_against_loops(dro_v_run, sft_run, monkeypatch):
     assert distance.improvement_fraction == pytest.approx(fraction, rel=1e-2, abs=1e-5)
 
 
-def test_the_value_as_each_algorithm_uses_it(dro_v_run, sft_run):
-    policy = generate.load_policy(str(dro_v_run.directory))
-    inputs = demo.answer_batch(policy, ["ann: d b a c", "fay: c a d b"], [["a"], ["a"]])
-    inputs = inputs["encoder_input_tokens"]
-    values = demo.values(dro_v_run.directory, "dro_v", policy, inputs)
-    assert values[0] != values[1]
-    single = demo.values(dro_v_run.directory, "dro_v_single_value", policy, inputs)
-    np.testing.assert_allclose(single, [values.mean()] * 2, rtol=1e-6)
-    assert demo.values(sft_run.directory, "dro_p", policy, inputs) is None
+def test_the_value_as_each_algorithm_uses_it(dro_v_run, sft_run, monkeypatch):
+    measured = []
+    monkeypatch.setattr(demo, "distance_to_optimum", lambda **numbers: measured.append(numbers))
+    reference, policy = (generate.load_policy(str(r.directory)) for r in (sft_run, dro_v_run))
+    prompts = ["ann: d b a c", "fay: c a d b"]
+    inputs = demo.answer_batch(policy, prompts, [["a"], ["a"]])["encoder_input_tokens"]
+    expected = values_of(dro_v_run.directory, policy, inputs)
+    assert expected[0] != expected[1]
+    for algorithm in (DroV(), DroV(values="single"), DroV(values="per_token"), DroP()):
+        demo.measure(dro_v_run.directory, algorithm, reference, policy, prompts)
+    multiple, single, per_token, none = (numbers["value"] for numbers in measured)
+    np.testing.assert_allclose(multiple, expected, rtol=1e-5)
+    np.testing.assert_allclose(single, [expected.mean()] * 2, rtol=1e-5)
+    # At other positions V has seen letters.
+    assert np.all(np.abs(per_token - expected) > 1e-7)
+    assert np.all(np.abs(per_token - expected) < 1)
+    assert none is None
 
 
 def test_divergence_stops_the_run_and_keeps_the_last_good_checkpoint(
