@@ -162,7 +162,8 @@ def test_score_in_place_of_reward(tmp_path):
 
 def test_a_value_just_shallow_enough_to_be_read(tmp_path):
     path = tmp_path / "rows.jsonl"
-    depths = range(700, 1001)
+    # The last is too deep for Python 3.12 too, whose limit is its own.
+    depths = [*range(700, 1001), 100_000]
     path.write_text("".join("[" * depth + "]" * depth + "\n" for depth in depths))
     rows = judged(path)
     assert all(isinstance(row, UnusableRow) for row in rows)
