@@ -59,12 +59,13 @@ def run() -> None:
         layout = train_state.make_layout(
             model, bound["optimizer"].transforms(), has_value=False, mesh=mesh, rules=rules
         )
-        expected: dict[str, Any] = {
-            "model": model.architecture(),
-            "vocabulary": vocabulary_digest,
-        }
-        if not model.reserved_entry:
-            expected["reserved_entry"] = False
+        expected = train.facts_of_reference(
+            {
+                "model": model.architecture(),
+                "vocabulary": vocabulary_digest,
+                "reserved_entry": model.reserved_entry,
+            }
+        )
         source, at = checkpoints.find(bound["init_checkpoint"])
         reference = checkpoints.restore_policy(source, at, layout.abstract().policy, expected)
         digest = checkpoints.weights_digest(reference)

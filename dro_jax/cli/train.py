@@ -489,10 +489,7 @@ def restore(
       UsageError: if they are damaged or belong to another model, vocabulary or method.
     """
     abstract = layout.abstract()
-    model = {name: meta[name] for name in ("model", "vocabulary")}
-    if not meta["reserved_entry"]:
-        # Elsewhere a single net's last entry would be taken for a token.
-        model["reserved_entry"] = False
+    model = facts_of_reference(meta)
     state = checkpoints.restore_latest(
         directory, abstract, model | {"algorithm": meta["algorithm"]}
     )
@@ -505,6 +502,15 @@ def restore(
     else:
         return None, None
     return state, checkpoints.restore_policy(source, at, abstract.policy, model)
+
+
+def facts_of_reference(meta: checkpoints.Meta) -> checkpoints.Meta:
+    """What of a run's meta (model, vocabulary, reserved_entry) a checkpoint must share to be its reference."""
+    facts = {name: meta[name] for name in ("model", "vocabulary")}
+    if not meta["reserved_entry"]:
+        # A single net's last entry would be taken for a token.
+        facts["reserved_entry"] = False
+    return facts
 
 
 def make_directory(directory: epath.Path) -> None:

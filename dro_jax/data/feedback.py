@@ -24,13 +24,12 @@ from typing import Any, Literal
 from etils import epath
 
 from dro_jax.data import ultrafeedback
-from dro_jax.data.records import read_records, shown
+from dro_jax.data.records import LARGEST_FLOAT32, read_records, shown
 from dro_jax.errors import UsageError, check_choice
 
 Split = Literal["train", "validation"]
 
 _BAD_ROW_MESSAGES_KEPT = 5
-_LARGEST_FLOAT32 = 3.4028235e38
 _LABEL_REWARDS: dict[Any, float] = {
     # True == 1 and 1.0 == 1 as keys, so these two lines serve booleans, integers and floats.
     1: 1.0,
@@ -408,7 +407,7 @@ def _reward(fields: dict[str, Any]) -> float:
     if not isinstance(value, int | float):
         raise _BadRow(f"field '{name}' is {shown(value)}, not a number; write a finite number")
     # Comparing before float() keeps integers of any size from overflowing; NaN fails it too.
-    if not abs(value) <= _LARGEST_FLOAT32:
+    if not abs(value) <= LARGEST_FLOAT32:
         raise _BadRow(
             f"field '{name}' is {shown(value)}, not a finite number of 32 bits; write a finite number"
         )
@@ -442,7 +441,7 @@ def _check_normalisable(
             "the training split (variance 0), so there is nothing to learn; give rows that differ"
         )
     furthest = max(abs(statistics.normalise(low)), abs(statistics.normalise(high)))
-    if not furthest <= _LARGEST_FLOAT32:
+    if not furthest <= LARGEST_FLOAT32:
         raise UsageError(
             f"{path}: field 'reward' runs from {low:.6g} to {high:.6g}, too far apart for a standard "
             f"deviation of {statistics.std:.6g} in the training split; correct the outliers"

@@ -15,6 +15,9 @@ from dro_jax.errors import UsageError
 
 TFDS_PREFIX = "tfds:"
 
+LARGEST_FLOAT32 = 3.4028235e38
+"""Rewards are of 32 bits in the end."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Record:

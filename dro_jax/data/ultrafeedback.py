@@ -4,12 +4,12 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
 
+from dro_jax.data.records import LARGEST_FLOAT32
+
 Score = Literal["fine_grained", "overall"]
 """What a completion is rewarded by."""
 
 ASPECTS = ("instruction_following", "honesty", "truthfulness", "helpfulness")
-
-_LARGEST_FLOAT32 = 3.4028235e38
 
 
 def is_record(fields: Mapping[str, Any]) -> bool:
@@ -65,7 +65,7 @@ def fine_grained_score(completion: Mapping[str, Any]) -> Any:
         # What the judge of rows will refuse has no mean.
         if isinstance(number, bool) or not isinstance(number, int | float):
             return number
-        if not abs(number) <= _LARGEST_FLOAT32:
+        if not abs(number) <= LARGEST_FLOAT32:
             return number
     return math.fsum(ratings) / len(ratings) if ratings else None
 
