@@ -18,6 +18,7 @@ from dro_jax.data.tasks import count_overlong, feedback_task
 from dro_jax.data.vocabulary import check_vocabulary_fits, load_vocabulary
 from dro_jax.errors import UsageError
 from dro_jax.networks import T5Config
+from dro_jax.networks.sharding import laid_over
 from dro_jax.training import checkpoints, loop, partitioning, train_state
 from dro_jax.training.algorithms import Needs
 from dro_jax.training.step import sequence_log_prob
@@ -44,7 +45,7 @@ def run() -> None:
         )
     train.check_lengths(lengths)
     mesh = rules.mesh()
-    partitioning.check_batch_size(mesh, bound["batch_size"])
+    partitioning.check_batch_size(bound["batch_size"], mesh, rules)
     model: T5Config = dataclasses.replace(bound["model"], reserved_entry=needs.value == "policy")
     vocabulary = load_vocabulary(bound.get("vocabulary_file"))
     check_vocabulary_fits(vocabulary, model.vocab_size, reserved_entry=model.reserved_entry)
@@ -86,7 +87,7 @@ def run() -> None:
     scored: list[str] = []
     if reference is not None:
         score = make_score(
-            model, reference, vocabulary, lengths, bound["batch_size"], mesh, needs.mismatched
+            model, reference, vocabulary, lengths, bound["batch_size"], layout, needs.mismatched
         )
         scored = ["reference_log_probs"]
         scored += ["mismatched_reference_log_probs"] if needs.mismatched else []
@@ -129,7 +130,7 @@ def make_score(
     vocabulary: seqio.Vocabulary,
     lengths: Mapping[str, int],
     batch_size: int,
-    mesh: jax.sharding.Mesh,
+    layout: train_state.Layout,
     mismatched: bool,
 ) -> caching.Score:
     """Builds the function from a shard's examples to the reference's log-probabilities of their completions.
@@ -140,17 +141,19 @@ def make_score(
       vocabulary: for the end of sequence.
       lengths: the limits at which training will cut.
       batch_size: rows at a time, a multiple of the mesh's data shards.
-      mesh: what the rows are spread over.
+      layout: the mesh and its rules.
       mismatched: whether the mismatched completions are scored too.
 
     Returns:
       A function for `caching.write`.
     """
-    log_prob = jax.jit(
-        lambda params, batch: sequence_log_prob(model, params, batch),
-        out_shardings=partitioning.replicated(mesh),
-    )
-    sharding = partitioning.batch_sharding(mesh)
+    sharding = partitioning.batch_sharding(layout.mesh, layout.rules)
+
+    def log_prob_of(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
+        with laid_over(layout.mesh, layout.rules):
+            return sequence_log_prob(model, params, batch)
+
+    log_prob = jax.jit(log_prob_of, out_shardings=partitioning.replicated(layout.mesh))
 
     def score_completions(examples: list[Example]) -> np.ndarray:
         scores = np.zeros(len(examples), np.float32)

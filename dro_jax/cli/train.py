@@ -81,6 +81,7 @@ def train(
     lengths: Mapping[str, int],
     num_steps: int,
     batch_size: int,
+    microbatches: int = 1,
     max_examples: int = 1,
     init_checkpoint: str | None = None,
     vocabulary_file: str | None = None,
@@ -104,6 +105,7 @@ def train(
       lengths: most tokens of "inputs" and "targets".
       num_steps: optimiser steps of the whole run.
       batch_size: rows a step, over all devices.
+      microbatches: parts a batch is worked through in, to save memory; the numbers stay the same.
       max_examples: the most examples a row holds: 1 is one example a row, more is packed rows.
       init_checkpoint: a run or checkpoint whose policy is the reference and the start; None for random
         weights.
@@ -128,7 +130,7 @@ def train(
     check_settings(model_dir, lengths, num_steps, max_examples, seed, keep_last, keep_every)
     directory = epath.Path(model_dir)
     mesh = rules.mesh()
-    partitioning.check_batch_size(mesh, batch_size)
+    partitioning.check_batch_size(batch_size, mesh, rules, microbatches)
     vocabulary = load_vocabulary(vocabulary_file)
     needs = algorithm.needs
     model = dataclasses.replace(model, reserved_entry=needs.value == "policy")
@@ -277,7 +279,7 @@ def train(
 
     share = Share(jax.process_index(), jax.process_count())
     evaluation_step = step.make_evaluation_step(model, algorithm, layout)
-    batch_sharding = partitioning.batch_sharding(mesh)
+    batch_sharding = partitioning.batch_sharding(mesh, rules.rules)
 
     def evaluate(done: int, state: train_state.TrainState) -> None:
         if not summary.validation_rows:
@@ -311,7 +313,7 @@ def train(
             state,
             reference,
             train_step=step.make_train_step(
-                model, algorithm, transforms, optimizer.schedules(), layout
+                model, algorithm, transforms, optimizer.schedules(), layout, microbatches
             ),
             batches=train_batches(
                 task,

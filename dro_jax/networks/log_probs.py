@@ -22,8 +22,13 @@ def token_log_probs(logits: Array, targets: Array) -> Array:
     """
     # Relative to the largest logit first: logits of a large common offset would lose digits.
     largest = jnp.max(logits, axis=-1, keepdims=True)
-    label = jnp.take_along_axis(logits, targets[..., None], axis=-1) - largest
-    return label[..., 0] - jnp.log(jnp.sum(jnp.exp(logits - largest), axis=-1))
+    shifted = logits - largest
+    # A sum over the vocabulary and not a look-up, which would bring a vocabulary that is cut over devices together.
+    is_label = targets[..., None] == jnp.arange(logits.shape[-1]).reshape(
+        (1,) * targets.ndim + (-1,)
+    )
+    label = jnp.sum(jnp.where(is_label, shifted, 0), axis=-1)
+    return label - jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
 
 
 def _forward(logits: Array, targets: Array) -> tuple[Array, tuple[Array, Array]]:

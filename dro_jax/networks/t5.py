@@ -17,13 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from dro_jax.errors import check_choice, check_number
+from dro_jax.errors import UsageError, check_choice, check_number
+from dro_jax.networks.sharding import constrain, gather
 
 Array = jax.Array
 
 
 MASKED_LOGIT = -1e9
 """Of an entry that is no token: its probability is exactly 0, and nothing is infinite."""
+
+_REMAT: dict[str, Any] = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +53,10 @@ class T5Config:
         Parameters, softmax and logits are float32 whatever it is.
       reserved_entry: whether the last vocabulary entry is no token: its logit is the value V(x) of a single
         net, and every softmax leaves it out.
+      scan_layers: whether the layers of a stack are one loop for the compiler, whose time and memory then do
+        not grow with the depth. Parameters, checkpoints and numbers stay the same.
+      remat: what of a layer is computed again in the backward pass instead of kept: "none", all but the
+        matrix products' results ("dots"), or all ("full").
     """
 
     vocab_size: int
@@ -61,6 +72,8 @@ class T5Config:
     relative_max_distance: int = 128
     dtype: str = "auto"
     reserved_entry: bool = False
+    scan_layers: bool = False
+    remat: str = "none"
 
     def __post_init__(self) -> None:
         """Raises UsageError for sizes that are none and names that are unknown."""
@@ -73,6 +86,9 @@ class T5Config:
             "T5Config.mlp_activations", tuple(self.mlp_activations), (("gelu", "linear"), ("relu",))
         )
         check_choice("T5Config.dtype", self.dtype, ("auto", "float32", "bfloat16"))
+        check_choice("T5Config.remat", self.remat, tuple(_REMAT))
+        if not isinstance(self.scan_layers, bool):
+            raise UsageError(f"T5Config.scan_layers is {self.scan_layers!r}: give True or False")
 
     @property
     def compute_dtype(self) -> Any:
@@ -84,7 +100,8 @@ class T5Config:
     def architecture(self) -> dict[str, Any]:
         """Everything that parameters depend on, JSON-ready: a checkpoint belongs to the model it agrees with."""
         fields = dataclasses.asdict(self)
-        del fields["dtype"], fields["reserved_entry"]
+        for name in ("dtype", "reserved_entry", "scan_layers", "remat"):
+            del fields[name]
         return fields | {"mlp_activations": list(self.mlp_activations)}
 
 
@@ -153,7 +170,7 @@ class Dense(nn.Module):
         """Maps [..., in] to [..., features]."""
         init = nn.initializers.variance_scaling(self.init_scale, "fan_in", "truncated_normal")
         kernel = parameter(self, "kernel", init, (x.shape[-1], self.features), self.axes)
-        return x.astype(self.dtype) @ kernel.astype(self.dtype)
+        return x.astype(self.dtype) @ gather(kernel.astype(self.dtype), *self.axes)
 
 
 class RMSNorm(nn.Module):
@@ -184,12 +201,12 @@ class Embedding(nn.Module):
     def __call__(self, tokens: Array) -> Array:
         """Looks up tokens [B, T]: [B, T, E]."""
         # A gather: the one-hot product costs a third of a small model's step on CPU.
-        return jnp.take(self.embedding, tokens, axis=0).astype(self.config.compute_dtype)
+        table = gather(self.embedding.astype(self.config.compute_dtype), "vocab", "embed")
+        return constrain(jnp.take(table, tokens, axis=0), "batch", None, None)
 
     def attend(self, x: Array) -> Array:
         """Logits [..., V] of states [..., E] against the table, float32."""
-        dtype = self.config.compute_dtype
-        table = self.embedding.astype(dtype)
+        table = gather(self.embedding.astype(self.config.compute_dtype), "vocab", "embed")
         return jnp.einsum("...e,ve->...v", x, table, preferred_element_type=jnp.float32)
 
 
@@ -232,20 +249,27 @@ class Attention(nn.Module):
 
     def keys_values(self, x: Array) -> tuple[Array, Array]:
         """Keys and values [B, S, H, D] of the attended states [B, S, E]."""
-        shape = (*x.shape[:-1], self.config.num_heads, self.config.head_dim)
-        return self.key(x).reshape(shape), self.value(x).reshape(shape)
+        return self._by_head(self.key(x)), self._by_head(self.value(x))
 
     def __call__(
         self, x: Array, keys: Array, values: Array, *, bias: Array | None, mask: Array
     ) -> Array:
         """Attends from [B, T, E]; bias [1, H, T, S] and mask [B, 1, T, S] (True: may look). [B, T, E]."""
-        shape = (*x.shape[:-1], self.config.num_heads, self.config.head_dim)
-        query = self.query(x).reshape(shape)
         # Rows with every key masked come out uniform and finite.
         attended = jax.nn.dot_product_attention(
-            query, keys, values, bias=bias, mask=mask, scale=1.0, implementation="xla"
+            self._by_head(self.query(x)),
+            keys,
+            values,
+            bias=bias,
+            mask=mask,
+            scale=1.0,
+            implementation="xla",
         )
         return self.out(attended.reshape(*x.shape[:-1], -1))
+
+    def _by_head(self, x: Array) -> Array:
+        shape = (*x.shape[:-1], self.config.num_heads, self.config.head_dim)
+        return constrain(x.reshape(shape), "batch", None, "heads", None)
 
 
 class MLP(nn.Module):
@@ -262,9 +286,45 @@ class MLP(nn.Module):
         for i, name in enumerate(config.mlp_activations):
             layer = "wi" if len(config.mlp_activations) == 1 else f"wi_{i}"
             dense = Dense(config.mlp_dim, ("embed", "mlp"), config.compute_dtype, name=layer)
-            branches.append(functions[name](dense(x)))
+            branches.append(functions[name](constrain(dense(x), "batch", None, "mlp")))
         hidden = branches[0] if len(branches) == 1 else branches[0] * branches[1]
         return Dense(config.emb_dim, ("mlp", "embed"), config.compute_dtype, name="wo")(hidden)
+
+
+def apply_layers(stack: Any, layer: type[nn.Module], x: Array, *inputs: Array) -> Array:
+    """Runs the layers of a stack, scanned and rematerialised as its configuration says.
+
+    Args:
+      stack: `Encoder` or `Decoder`, with `config` and `layers`.
+      layer: class of the layers.
+      x: float [B, T, E].
+      inputs: what every layer reads beside it.
+
+    Returns:
+      float [B, T, E].
+    """
+    config: T5Config = stack.config
+    if stack.is_initializing():
+        for one in stack.layers:
+            x = one(x, *inputs)
+        return x
+
+    def apply(x: Array, params: Any) -> Array:
+        return cast(Array, layer(config, parent=None).apply({"params": params}, x, *inputs))
+
+    if config.remat != "none":
+        apply = jax.checkpoint(
+            apply, policy=_REMAT[config.remat], prevent_cse=not config.scan_layers
+        )
+    params = [stack.variables["params"][f"layers_{i}"] for i in range(len(stack.layers))]
+    if not config.scan_layers:
+        for one in params:
+            x = apply(x, one)
+        return x
+    # Matrices in the type they are used in: the stacked copy is half as large.
+    params = jax.tree.map(lambda p: p.astype(config.compute_dtype) if p.ndim > 1 else p, params)
+    stacked = jax.tree.map(lambda *of_layers: jnp.stack(of_layers), *params)
+    return jax.lax.scan(lambda x, params: (apply(x, params), None), x, stacked)[0]
 
 
 class EncoderLayer(nn.Module):
@@ -280,7 +340,7 @@ class EncoderLayer(nn.Module):
         attention = Attention(self.config, name="attention")
         x = x + attention(y, *attention.keys_values(y), bias=bias, mask=mask)
         y = RMSNorm(dtype, name="pre_mlp_layer_norm")(x)
-        return x + MLP(self.config, name="mlp")(y)
+        return constrain(x + MLP(self.config, name="mlp")(y), "batch", None, None)
 
 
 class Encoder(nn.Module):
@@ -288,16 +348,19 @@ class Encoder(nn.Module):
 
     config: T5Config
 
-    @nn.compact
+    def setup(self) -> None:
+        """Declares the layers, one relative bias for all of them and the last norm."""
+        config = self.config
+        self.relpos_bias = RelativeBias(config, bidirectional=True)
+        self.layers = [EncoderLayer(config) for _ in range(config.num_encoder_layers)]
+        self.encoder_norm = RMSNorm(config.compute_dtype)
+
     def __call__(self, x: Array, segment_ids: Array) -> Array:
         """Encodes embedded tokens [B, Ti, E] with segment ids [B, Ti], 0 for padding."""
-        config = self.config
         positions = jnp.arange(x.shape[1])
-        bias = RelativeBias(config, bidirectional=True, name="relpos_bias")(positions, positions)
+        bias = self.relpos_bias(positions, positions)
         mask = segment_mask(segment_ids, segment_ids)
-        for i in range(config.num_encoder_layers):
-            x = EncoderLayer(config, name=f"layers_{i}")(x, bias, mask)
-        return RMSNorm(config.compute_dtype, name="encoder_norm")(x)
+        return self.encoder_norm(apply_layers(self, EncoderLayer, x, bias, mask))
 
 
 class DecoderLayer(nn.Module):
@@ -348,7 +411,8 @@ class DecoderLayer(nn.Module):
     def _cross_and_mlp(self, x: Array, keys: Array, values: Array, cross_mask: Array) -> Array:
         y = self.pre_cross_attention_layer_norm(x)
         x = x + self.encoder_decoder_attention(y, keys, values, bias=None, mask=cross_mask)
-        return x + self.mlp(self.pre_mlp_layer_norm(x))
+        x = x + self.mlp(self.pre_mlp_layer_norm(x))
+        return constrain(x, "batch", None, None)
 
 
 class OutputLayer(nn.Module):
@@ -362,7 +426,7 @@ class OutputLayer(nn.Module):
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
         shape = (self.config.emb_dim, self.config.vocab_size)
         kernel = parameter(self, "kernel", init, shape, ("embed", "vocab"))
-        kernel = kernel.astype(self.config.compute_dtype)
+        kernel = gather(kernel.astype(self.config.compute_dtype), "embed", "vocab")
         return jnp.einsum("...e,ev->...v", states, kernel, preferred_element_type=jnp.float32)
 
 
@@ -390,8 +454,7 @@ class Decoder(nn.Module):
         causal = (positions[None, :] <= positions[:, None])[None, None]
         mask = segment_mask(segment_ids, segment_ids) & causal
         cross_mask = segment_mask(segment_ids, encoder_segment_ids)
-        for layer in self.layers:
-            x = layer(x, encoded, bias, mask, cross_mask)
+        x = apply_layers(self, DecoderLayer, x, encoded, bias, mask, cross_mask)
         return self.decoder_norm(x)
 
     def logits(self, states: Array) -> Array:
@@ -499,8 +562,10 @@ class T5(nn.Module):
 
     def _raw_logits(self, states: Array) -> Array:
         if self.config.logits_via_embedding:
-            return self.token_embedder.attend(states * self.config.emb_dim**-0.5)
-        return self.decoder.logits(states)
+            logits = self.token_embedder.attend(states * self.config.emb_dim**-0.5)
+        else:
+            logits = self.decoder.logits(states)
+        return constrain(logits, "batch", None, "vocab")
 
     def init_cache(self, encoder_input_tokens: Array, max_length: int) -> list[dict[str, Array]]:
         """Encodes the prompts [B, Ti] and makes room for `max_length` decoded positions."""

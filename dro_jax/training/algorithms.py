@@ -83,6 +83,11 @@ class Algorithm(Protocol):
     def loss(self, examples: Examples) -> tuple[Array, Metrics]:
         """The scalar to differentiate and what to report, means over the real examples."""
 
+    def loss_weights(self, weights: Array, target_tokens: Array) -> Array | None:
+        """The share [B, N] each example has in the mean that is the loss, where that is all an example depends
+        on of the others; None where its gradient needs more of the batch.
+        """
+
 
 @dataclasses.dataclass(frozen=True)
 class _Regularised:
@@ -109,6 +114,11 @@ class _Regularised:
     def needs(self) -> Needs:
         """The reference, and log-probabilities as asked for."""
         return Needs(token_mean=self.log_probs == "mean")
+
+    def loss_weights(self, weights: Array, target_tokens: Array) -> Array | None:
+        """Most methods look at the batch as a whole."""
+        del weights, target_tokens
+        return None
 
     def _diagnostics(self, examples: Examples, value: Array | None = None) -> Metrics:
         return objectives.alignment_diagnostics(**_arrays(examples), value=value, tau=self.tau)
@@ -147,6 +157,11 @@ class DroV(_Regularised):
             value="network" if self.networks == "double" else "policy",
             per_token_values=self.values == "per_token",
         )
+
+    def loss_weights(self, weights: Array, target_tokens: Array) -> Array | None:
+        """Each example has its own V, unless there is a single one."""
+        del target_tokens
+        return None if self.values == "single" else weights
 
     def loss(self, examples: Examples) -> tuple[Array, Metrics]:
         """See `dro_jax.objectives.dro_v_loss`."""
@@ -280,6 +295,10 @@ class Sft:
     def needs(self) -> Needs:
         """Nothing else."""
         return Needs(reference=False)
+
+    def loss_weights(self, weights: Array, target_tokens: Array) -> Array:
+        """The mean is over tokens."""
+        return weights * target_tokens
 
     def loss(self, examples: Examples) -> tuple[Array, Metrics]:
         """See `dro_jax.objectives.sft_loss`."""

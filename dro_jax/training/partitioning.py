@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,11 +10,13 @@ import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from dro_jax.errors import UsageError
+from dro_jax.errors import UsageError, check_number
+from dro_jax.networks.sharding import LOGICAL_AXES, Rules, mesh_axes
 
 MESH_AXES = ("data", "fsdp", "model")
 
-DEFAULT_RULES: tuple[tuple[str, str | None], ...] = (
+DEFAULT_RULES: Rules = (
+    ("batch", ("data", "fsdp")),
     ("vocab", "model"),
     ("mlp", "model"),
     ("heads", "model"),
@@ -25,25 +28,47 @@ DEFAULT_RULES: tuple[tuple[str, str | None], ...] = (
 
 @dataclasses.dataclass(frozen=True)
 class Partitioning:
-    """Sizes of the mesh axes and where each logical parameter axis goes.
+    """Sizes of the mesh axes and where each logical axis of weights and activations goes.
 
-    Rows of a batch are spread over "data" and "fsdp" together; parameters over "fsdp" and "model".
+    As shipped, rows of a batch are spread over "data" and "fsdp" together, parameters over "fsdp" and "model".
 
     Attributes:
       data: size of the data axis, -1 for all the devices that the other axes leave.
       fsdp: size of the fsdp axis.
       model: size of the model axis.
-      rules: (logical axis, mesh axis or None) pairs.
+      rules: (logical axis, mesh axis, several or None) pairs, in order of precedence; a logical axis without
+        a rule is not cut.
     """
 
     data: int = -1
     fsdp: int = 1
     model: int = 1
-    rules: tuple[tuple[str, str | None], ...] = DEFAULT_RULES
+    rules: Rules = DEFAULT_RULES
 
-    def mesh(self) -> Mesh:
-        """The mesh over all devices of all processes. Raises UsageError where the sizes do not fit."""
-        count = jax.device_count()
+    def __post_init__(self) -> None:
+        """Raises UsageError for a rule of an axis that does not exist."""
+        try:
+            pairs = [(axis, (to,) if isinstance(to, str) else to or ()) for axis, to in self.rules]
+        except (TypeError, ValueError):
+            raise UsageError(
+                f"Partitioning.rules is {self.rules!r}: write (('embed', 'fsdp'), …)"
+            ) from None
+        for axis, to in pairs:
+            if axis not in LOGICAL_AXES:
+                raise UsageError(
+                    f"Partitioning.rules: there is no logical axis {axis!r}; there are {', '.join(LOGICAL_AXES)}"
+                )
+            for name in to:
+                if name not in MESH_AXES:
+                    raise UsageError(
+                        f"Partitioning.rules: {axis!r} goes to {name!r}, which is no mesh axis; there are "
+                        f"{', '.join(MESH_AXES)}"
+                    )
+
+    def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """The mesh over the devices, by default all of all processes. Raises UsageError where it does not fit."""
+        devices = jax.devices() if devices is None else devices
+        count = len(devices)
         sizes = [self.data, self.fsdp, self.model]
         whole = all(isinstance(size, int) for size in sizes)
         if not whole or sizes.count(-1) > 1 or any(size == 0 or size < -1 for size in sizes):
@@ -59,23 +84,34 @@ class Partitioning:
                 f"mesh {dict(zip(MESH_AXES, sizes, strict=True))} does not fit {count} devices: "
                 "set Partitioning.data, .fsdp and .model so that their product is the device count"
             )
-        return Mesh(np.asarray(jax.devices()).reshape(sizes), MESH_AXES)
+        return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
 
 
-def check_batch_size(mesh: Mesh, batch_size: int) -> None:
-    """Raises UsageError unless the rows of a batch divide evenly over the mesh and the processes."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    unit = math.lcm(shards, jax.process_count())
+def check_batch_size(
+    batch_size: int, mesh: Mesh, partitioning: Partitioning, microbatches: int = 1
+) -> None:
+    """Raises UsageError unless the rows of a microbatch divide evenly over the mesh and the processes."""
+    check_number("MICROBATCHES", microbatches, whole=True, at_least=1)
+    axes = _axes_of_rows(partitioning.rules)
+    shards = math.prod(mesh.shape[axis] for axis in axes)
+    unit = math.lcm(shards, jax.process_count()) * microbatches
     if not isinstance(batch_size, int) or batch_size < 1 or batch_size % unit:
+        of = f" in {microbatches} microbatches" if microbatches > 1 else ""
         raise UsageError(
             f"BATCH_SIZE {batch_size!r} does not divide into {shards} data shards "
-            f"(mesh axes data x fsdp) on {jax.process_count()} process(es): choose a multiple"
+            f"(mesh axes {' x '.join(axes) or 'none'}) on {jax.process_count()} process(es){of}: "
+            f"choose a multiple of {unit}"
         )
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Rows over "data" and "fsdp", everything else whole."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+def batch_sharding(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> NamedSharding:
+    """Rows as the rules have them, as shipped over "data" and "fsdp"; everything else whole."""
+    return NamedSharding(mesh, PartitionSpec(_axes_of_rows(rules)))
+
+
+def _axes_of_rows(rules: Rules) -> tuple[str, ...]:
+    to = next((to for axis, to in rules if axis == "batch"), None)
+    return (to,) if isinstance(to, str) else tuple(to or ())
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -94,8 +130,13 @@ def parameter_shardings(boxed: Any, mesh: Mesh, partitioning: Partitioning) -> A
     Returns:
       Tree of `NamedSharding`, without boxes.
     """
-    specs = nn.get_partition_spec(boxed)
-    return nn.logical_to_mesh_sharding(specs, mesh, list(partitioning.rules))
+    return jax.tree.map(
+        lambda box: NamedSharding(
+            mesh, mesh_axes(box.names, box.value.shape, mesh, partitioning.rules)
+        ),
+        boxed,
+        is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned),
+    )
 
 
 def like_parameters(state: Any, parameters: Any, shardings: Any, mesh: Mesh) -> Any:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from dro_jax.networks import T5, T5Config, ValueNetwork, sum_by_example, token_log_probs
+from dro_jax.networks.sharding import constrain, laid_over
 from dro_jax.training import partitioning
 from dro_jax.training.algorithms import Algorithm, Examples
 from dro_jax.training.train_state import Layout, TrainState
@@ -99,12 +100,86 @@ def example_arrays(
     )
 
 
+def loss_and_gradients(
+    config: T5Config,
+    algorithm: Algorithm,
+    params: dict[str, Any],
+    reference: Any,
+    batch: Batch,
+    microbatches: int = 1,
+) -> tuple[Array, Metrics, dict[str, Any]]:
+    """The loss of a batch, its metrics and its gradients in `params`.
+
+    Args:
+      config: shape of all networks.
+      algorithm: the method.
+      params: {"policy": tree, "value": tree}.
+      reference: as of `example_arrays`.
+      batch: the batch contract.
+      microbatches: parts of the batch whose gradients are computed one after the other, so that the activations
+        of one part are in memory. The results are the batch's own: where an example's gradient depends on
+        more of the batch than the loss's total weight, a forward pass over all parts comes first.
+
+    Returns:
+      Loss, metrics and gradients (a tree like `params`).
+    """
+    if microbatches == 1:
+
+        def loss_fn(params: dict[str, Any]) -> tuple[Array, Metrics]:
+            return algorithm.loss(example_arrays(config, algorithm, params, reference, batch))
+
+        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        return loss, metrics, grads
+
+    # Pairs stay side by side. Every device takes a share of its own rows.
+    together = 2 if algorithm.needs.pairs else 1
+
+    def split(x: Array) -> Array:
+        x = x.reshape(-1, microbatches, together, *x.shape[1:])
+        return jnp.moveaxis(x, 1, 0).reshape(microbatches, -1, *x.shape[3:])
+
+    def merge(x: Array) -> Array:
+        x = x.reshape(microbatches, -1, together, *x.shape[2:])
+        return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[3:])
+
+    def forward(params: dict[str, Any], part: Batch) -> Examples:
+        part = {name: constrain(x, "batch", *[None] * (x.ndim - 1)) for name, x in part.items()}
+        return example_arrays(config, algorithm, params, reference, part)
+
+    def slopes(examples: Examples) -> Examples:
+        return jax.grad(lambda examples: algorithm.loss(examples)[0])(examples)
+
+    parts = jax.tree.map(split, batch)
+    whole = algorithm.loss_weights(batch["reward_weights"], _count_targets(batch))
+    of_whole_batch = None
+    if whole is None:
+        examples = jax.lax.map(lambda part: forward(params, part), parts)
+        of_whole_batch = jax.tree.map(split, slopes(jax.tree.map(merge, examples)))
+
+    def accumulate(grads: Any, inputs: tuple[Batch, Examples | None]) -> tuple[Any, Examples]:
+        part, given = inputs
+        examples, pull = jax.vjp(lambda params: forward(params, part), params)
+        if given is None:
+            weights = algorithm.loss_weights(examples.weights, examples.target_tokens)
+            assert weights is not None
+            assert whole is not None
+            share = jnp.sum(weights) / jnp.maximum(jnp.sum(whole), 1)
+            given = jax.tree.map(lambda slope: share * slope, slopes(examples))
+        return jax.tree.map(jnp.add, grads, pull(given)[0]), examples
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    grads, examples = jax.lax.scan(accumulate, zeros, (parts, of_whole_batch))
+    loss, metrics = algorithm.loss(jax.tree.map(merge, examples))
+    return loss, metrics, grads
+
+
 def make_train_step(
     config: T5Config,
     algorithm: Algorithm,
     transforms: dict[str, optax.GradientTransformation],
     schedules: dict[str, Callable[[Any], Any]],
     layout: Layout,
+    microbatches: int = 1,
 ) -> TrainStep:
     """Builds `train_step(state, reference, batch) -> state, metrics`; the state is donated.
 
@@ -114,6 +189,7 @@ def make_train_step(
       transforms: optimiser of each part.
       schedules: learning rates, for the metrics.
       layout: shardings of the state.
+      microbatches: parts of a batch, as of `loss_and_gradients`.
 
     Returns:
       The jitted step. `reference` is laid out as the policy is, or None.
@@ -123,11 +199,10 @@ def make_train_step(
         params = {"policy": state.policy}
         if algorithm.needs.value == "network":
             params["value"] = state.value
-
-        def loss_fn(params: dict[str, Any]) -> tuple[Array, Metrics]:
-            return algorithm.loss(example_arrays(config, algorithm, params, reference, batch))
-
-        (loss, metrics), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+        with laid_over(layout.mesh, layout.rules):
+            loss, metrics, grads = loss_and_gradients(
+                config, algorithm, params, reference, batch, microbatches
+            )
         opt_state = {}
         for part in params:
             updates, opt_state[part] = transforms[part].update(
@@ -141,13 +216,16 @@ def make_train_step(
         value = params.get("value", state.value)
         return TrainState(state.step + 1, params["policy"], value, opt_state), metrics
 
-    mesh = layout.mesh
     return jax.jit(
         train_step,
         donate_argnums=0,
         # The reference lies as it comes: there is none when the batch carries its log-probabilities.
-        in_shardings=(layout.shardings, None, partitioning.batch_sharding(mesh)),
-        out_shardings=(layout.shardings, partitioning.replicated(mesh)),
+        in_shardings=(
+            layout.shardings,
+            None,
+            partitioning.batch_sharding(layout.mesh, layout.rules),
+        ),
+        out_shardings=(layout.shardings, partitioning.replicated(layout.mesh)),
     )
 
 
@@ -158,7 +236,8 @@ def make_evaluation_step(
 
     def evaluation_step(state: TrainState, reference: Any, batch: Batch) -> Examples:
         params = {"policy": state.policy, "value": state.value}
-        return example_arrays(config, algorithm, params, reference, batch)
+        with laid_over(layout.mesh, layout.rules):
+            return example_arrays(config, algorithm, params, reference, batch)
 
     return jax.jit(evaluation_step, out_shardings=partitioning.replicated(layout.mesh))
 

@@ -13,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 
 from dro_jax.networks import T5, T5Config, ValueNetwork
+from dro_jax.networks.sharding import Rules
 from dro_jax.training import partitioning
 
 Tree = Any
@@ -41,11 +42,13 @@ class Layout:
 
     Attributes:
       mesh: the device mesh.
+      rules: how logical axes lie on it.
       shapes: `TrainState` of `jax.ShapeDtypeStruct`.
       shardings: `TrainState` of `NamedSharding`.
     """
 
     mesh: Mesh
+    rules: Rules
     shapes: TrainState
     shardings: TrainState
 
@@ -131,6 +134,7 @@ def make_layout(
     step = jax.ShapeDtypeStruct((), jnp.int32)
     return Layout(
         mesh=mesh,
+        rules=rules.rules,
         shapes=TrainState(step=step, opt_state=opt_shapes, **shapes),
         shardings=TrainState(
             step=partitioning.replicated(mesh), opt_state=opt_shardings, **shardings

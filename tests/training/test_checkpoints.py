@@ -43,7 +43,7 @@ def layout():
         },
     )
     shardings = jax.tree.map(lambda _: everywhere, shapes)
-    return Layout(mesh=None, shapes=shapes, shardings=shardings)
+    return Layout(mesh=None, rules=(), shapes=shapes, shardings=shardings)
 
 
 @pytest.fixture(scope="module")

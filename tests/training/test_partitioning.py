@@ -61,10 +61,10 @@ def test_an_impossible_mesh_is_one_clear_line(sizes, message):
 
 def test_rows_must_divide_over_data_and_fsdp_together(cube):
     for size in (4, 32):
-        partitioning.check_batch_size(cube, size)
+        partitioning.check_batch_size(size, cube, Partitioning())
     for size in (6, 2, 0, -4):
         with pytest.raises(UsageError, match=rf"BATCH_SIZE {size} does not divide into 4 data"):
-            partitioning.check_batch_size(cube, size)
+            partitioning.check_batch_size(size, cube, Partitioning())
 
 
 def test_every_parameter_lies_by_the_rules_of_its_logical_axes(bench):
