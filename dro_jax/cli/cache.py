@@ -12,10 +12,8 @@ from etils import epath
 from dro_jax.cli import configuration, train
 from dro_jax.cli.console import console, progress_bar
 from dro_jax.data import caching
-from dro_jax.data.feedback import summarise
 from dro_jax.data.packing import WINDOW, Example, fill_rows, pack, text_lengths
-from dro_jax.data.tasks import count_overlong, feedback_task
-from dro_jax.data.vocabulary import check_vocabulary_fits, load_vocabulary
+from dro_jax.data.tasks import feedback_task
 from dro_jax.errors import UsageError
 from dro_jax.networks import T5Config
 from dro_jax.networks.sharding import laid_over
@@ -43,19 +41,20 @@ def run() -> None:
         raise UsageError(
             "INIT_CHECKPOINT must be given: the cache holds the reference's log-probabilities"
         )
-    train.check_lengths(lengths)
+    drop_overlong = bound.get("drop_overlong", False)
     mesh = rules.mesh()
     partitioning.check_batch_size(bound["batch_size"], mesh, rules)
-    model: T5Config = dataclasses.replace(bound["model"], reserved_entry=needs.value == "policy")
-    vocabulary = load_vocabulary(bound.get("vocabulary_file"))
-    check_vocabulary_fits(vocabulary, model.vocab_size, reserved_entry=model.reserved_entry)
-    summary = summarise(feedback)
-    drop_overlong = bound.get("drop_overlong", False)
-    overlong = count_overlong(
-        feedback, vocabulary=vocabulary, lengths=lengths, drop_overlong=drop_overlong
+    checked = train.check_data(
+        feedback,
+        bound["model"],
+        bound["algorithm"],
+        lengths,
+        bound.get("vocabulary_file"),
+        None,
+        drop_overlong,
     )
+    model, vocabulary, summary = checked.model, checked.vocabulary, checked.summary
     digest, reference = None, None
-    vocabulary_digest = train.vocabulary_digest(bound.get("vocabulary_file"))
     if needs.reference:
         layout = train_state.make_layout(
             model, bound["optimizer"].transforms(), has_value=False, mesh=mesh, rules=rules
@@ -63,14 +62,17 @@ def run() -> None:
         expected = train.facts_of_reference(
             {
                 "model": model.architecture(),
-                "vocabulary": vocabulary_digest,
+                "vocabulary": checked.vocabulary_digest,
                 "reserved_entry": model.reserved_entry,
             }
         )
         source, at = checkpoints.find(bound["init_checkpoint"])
         reference = checkpoints.restore_policy(source, at, layout.abstract().policy, expected)
         digest = checkpoints.weights_digest(reference)
-    for line in (*summary.describe().splitlines(), overlong.describe(drop_overlong=drop_overlong)):
+    for line in (
+        *summary.describe().splitlines(),
+        checked.overlong.describe(drop_overlong=drop_overlong),
+    ):
         console.print(line)
 
     task = feedback_task(
@@ -96,7 +98,7 @@ def run() -> None:
         model,
         needs,
         lengths,
-        vocabulary_digest,
+        checked.vocabulary_digest,
         drop_overlong,
         digest,
         summary.digest,
@@ -109,7 +111,7 @@ def run() -> None:
             facts=facts,
             counts={
                 "summary": dataclasses.asdict(summary),
-                "overlong": dataclasses.asdict(overlong),
+                "overlong": dataclasses.asdict(checked.overlong),
                 "path": feedback.path,
                 "reference": bound.get("init_checkpoint"),
                 "dtype": np.dtype(model.compute_dtype).name,

@@ -83,6 +83,11 @@ def arguments(function: Callable[..., object]) -> dict[str, Any]:
     )
 
 
+def text() -> str:
+    """The loaded configuration, whole, as a gin file."""
+    return cast(str, gin.config_str())
+
+
 def save_operative(path: epath.PathLike) -> None:
     """Writes the configuration that was really used, as a gin file."""
     # Gin writes what a macro made under the macro's name, which a flag without it would not replace.

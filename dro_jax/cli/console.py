@@ -41,10 +41,17 @@ def configure_logging(*, to: Console = console) -> None:
         level=logging.WARNING, handlers=[_ConsoleHandler(to)], format="%(message)s", force=True
     )
     logging.getLogger("dro_jax").setLevel(logging.INFO)
+    # What Orbax logs as an error it raises as well.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     # Where an array of a checkpoint cannot be read, Orbax closes its event loop on the tasks that read the
     # others; the error says what is wrong, and each of those tasks would add a traceback.
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     sys.unraisablehook = _report_unraisable
+
+
+def silence() -> None:
+    """Leaves messages and progress to another process of the run; a mistake is still told, on stderr."""
+    console.quiet = True
 
 
 def _report_unraisable(unraisable: Any) -> None:

@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return EXIT_FAILED
     except OSError as error:
-        print(f"dro_jax: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"dro_jax: {str(error).splitlines()[0]}", file=sys.stderr)
         return EXIT_FAILED
     except KeyboardInterrupt:
         print("dro_jax: interrupted", file=sys.stderr)
@@ -102,6 +102,8 @@ def _parser() -> argparse.ArgumentParser:
             default=[],
             help="a folder to look for gin files in; repeatable",
         )
+        if name == "train":
+            _add_processes(configured)
 
     check = commands.add_parser(
         "check", help="what is in feedback files: rows, rewards, lengths, mistakes, and how to pack"
@@ -161,6 +163,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_processes(train: argparse.ArgumentParser) -> None:
+    train.add_argument(
+        "--multihost",
+        action="store_true",
+        help="one of several processes, started alike on every host of a TPU pod, a Slurm or an MPI job",
+    )
+    train.add_argument(
+        "--coordinator_address", help="elsewhere: HOST:PORT of process 0, the same for all"
+    )
+    train.add_argument("--num_processes", type=int, help="elsewhere: how many processes there are")
+    train.add_argument("--process_id", type=int, help="elsewhere: which of them this is, from 0")
+
+
 def _split_gin_bindings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Separates `--gin.NAME=VALUE`, T5X's way of binding, from the flags that argparse knows."""
     plain, bindings = [], []
@@ -183,13 +198,46 @@ def _configured(parsed: argparse.Namespace, bindings: list[str]) -> int:
     from dro_jax.cli import configuration
 
     _start_console()
-    from dro_jax.cli import cache, train
-
-    configuration.load(parsed.gin_file, bindings, parsed.gin_search_paths)
     if parsed.command == "cache":
+        from dro_jax.cli import cache
+
+        configuration.load(parsed.gin_file, bindings, parsed.gin_search_paths)
         cache.run()
         return 0
-    return _finish(configuration.bound(train.train)())
+    import jax
+    import tensorflow as tf
+
+    from dro_jax.cli import console, train
+    from dro_jax.training import processes
+
+    apart = (parsed.coordinator_address, parsed.num_processes, parsed.process_id)
+    if parsed.multihost or apart != (None, None, None):
+        processes.start(*apart)
+        if not processes.is_first():
+            console.silence()
+    processes.agree(lambda: configuration.load(parsed.gin_file, bindings, parsed.gin_search_paths))
+    processes.refuse_differences("configuration", configuration.text())
+    run = processes.agree(lambda: configuration.bound(train.train))
+    try:
+        return _finish(run())
+    except (jax.errors.JaxRuntimeError, tf.errors.OpError) as error:
+        print(f"dro_jax: {_explain(error)}", file=sys.stderr, flush=True)
+        if jax.process_count() > 1:
+            # The usual end waits for the processes that are gone.
+            os._exit(EXIT_FAILED)
+        return EXIT_FAILED
+
+
+def _explain(error: Exception) -> str:
+    text = " ".join(str(error).split())[:300]
+    if "No space left" in str(error):
+        return f"a file cannot be written ({text}); make room, and the same command goes on"
+    if "RESOURCE_EXHAUSTED" in text:
+        return (
+            f"a device has not enough memory ({text}); raise MICROBATCHES, set T5Config.remat = 'full', or spread "
+            "the weights over more devices (Partitioning.fsdp)"
+        )
+    return f"the devices stopped ({text}); the same command goes on from the last checkpoint"
 
 
 def _demo(parsed: argparse.Namespace) -> int:

@@ -17,13 +17,13 @@ from etils import epath
 from dro_jax.cli import configuration
 from dro_jax.cli.console import console, format_metrics, progress_bar
 from dro_jax.data import caching
-from dro_jax.data.batches import Position, Share, evaluation_batches, train_batches
+from dro_jax.data.batches import Position, evaluation_batches, train_batches
 from dro_jax.data.feedback import FeedbackFile, FeedbackSummary, RewardStatistics, summarise
 from dro_jax.data.tasks import OverlongCounts, count_overlong, feedback_task
 from dro_jax.data.vocabulary import check_vocabulary_fits, load_vocabulary
 from dro_jax.errors import UsageError, check_number
 from dro_jax.networks import T5Config
-from dro_jax.training import checkpoints, loop, partitioning, step, train_state
+from dro_jax.training import checkpoints, loop, partitioning, processes, step, train_state
 from dro_jax.training.algorithms import Algorithm, Examples, Needs
 from dro_jax.training.optimizers import Adafactor
 
@@ -91,6 +91,7 @@ def train(
     periods: loop.Periods,
     keep_last: int = 3,
     keep_every: int | None = None,
+    stall_seconds: float = 1800,
     rules: partitioning.Partitioning,
 ) -> Interrupted | None:
     """Trains a method on a feedback file, going on where `model_dir` left off.
@@ -117,6 +118,8 @@ def train(
       periods: how often to log, evaluate and save.
       keep_last: newest checkpoints to keep.
       keep_every: keep checkpoints at multiples of this for ever; None keeps only the newest.
+      stall_seconds: the longest that a step, its evaluation and its saving may take: after that the process ends,
+        as one of several that waits for another would wait for ever.
       rules: mesh and sharding.
 
     Returns:
@@ -127,34 +130,32 @@ def train(
       DivergenceError: for a loss or gradient that is not finite.
     """
     # 1. Everything a person can have got wrong, before anything is written or a network compiled.
-    check_settings(model_dir, lengths, num_steps, max_examples, seed, keep_last, keep_every)
-    directory = epath.Path(model_dir)
     mesh = rules.mesh()
-    partitioning.check_batch_size(batch_size, mesh, rules, microbatches)
-    vocabulary = load_vocabulary(vocabulary_file)
-    needs = algorithm.needs
-    model = dataclasses.replace(model, reserved_entry=needs.value == "policy")
-    check_vocabulary_fits(vocabulary, model.vocab_size, reserved_entry=model.reserved_entry)
-    manifest = None if cache_dir is None else caching.read_manifest(cache_dir)
-    # A cache serves without its file, but not for another one.
-    summary_of_file = (
-        summarise(feedback) if manifest is None or epath.Path(feedback.path).exists() else None
-    )
-    if manifest is not None:
-        summary, overlong = summaries_of_cache(manifest)
-    elif summary_of_file is not None:
-        summary = summary_of_file
-        overlong = count_overlong(
-            feedback, vocabulary=vocabulary, lengths=lengths, drop_overlong=drop_overlong
+
+    def check() -> Checked:
+        check_settings(
+            model_dir, num_steps, max_examples, seed, keep_last, keep_every, stall_seconds
         )
-        if cache_dir is not None:
-            needed = ["mismatched_targets"] * needs.mismatched + ["prompt_ids"] * needs.pairs
-            caching.check_seqio_cache(cache_dir, summary.num_input_examples, needed)
-    check_pairs(needs, batch_size, max_examples, summary)
+        partitioning.check_batch_size(batch_size, mesh, rules, microbatches)
+        checked = check_data(
+            feedback, model, algorithm, lengths, vocabulary_file, cache_dir, drop_overlong
+        )
+        check_pairs(algorithm.needs, batch_size, max_examples, checked.summary)
+        return checked
+
+    checked = processes.agree(check)
+    directory = epath.Path(model_dir)
+    processes.refuse_differences("feedback file", checked.summary.digest)
+    needs, model, summary, manifest = (
+        algorithm.needs,
+        checked.model,
+        checked.summary,
+        checked.manifest,
+    )
     meta: checkpoints.Meta = {
         "model": model.architecture(),
         "reserved_entry": model.reserved_entry,
-        "vocabulary": vocabulary_digest(vocabulary_file),
+        "vocabulary": checked.vocabulary_digest,
         "algorithm": algorithm.name,
         "dtype": model.dtype,
         "lengths": dict(lengths),
@@ -186,16 +187,27 @@ def train(
     if cache_dir is not None and manifest is not None:
         if needs.reference and digest is None:
             raise UsageError(f"{cache_dir}: give the INIT_CHECKPOINT that the cache was made with")
-        rows = summary.digest if summary_of_file is None else summary_of_file.digest
         facts = cache_facts(
-            feedback, model, needs, lengths, meta["vocabulary"], drop_overlong, digest, rows
+            feedback,
+            model,
+            needs,
+            lengths,
+            checked.vocabulary_digest,
+            drop_overlong,
+            digest,
+            checked.rows,
         )
         caching.refuse_differences(epath.Path(cache_dir), manifest.facts, facts)
-    make_directory(directory)
-    for line in (*summary.describe().splitlines(), overlong.describe(drop_overlong=drop_overlong)):
+    processes.agree(lambda: make_directory(directory))
+    for line in (
+        *summary.describe().splitlines(),
+        checked.overlong.describe(drop_overlong=drop_overlong),
+    ):
         console.print(line)
 
-    # 2. The state: restored, or started from the reference.
+    # 2. The state: restored, or started from the reference. A resumed run keeps the reward statistics that it
+    # began with.
+    statistics = summary.rewards
     if state is None:
         if reference is None:
             reference = train_state.init_reference(model, seed, layout)
@@ -205,9 +217,12 @@ def train(
                     "no INIT_CHECKPOINT: the reference has random weights, which suits a trial only"
                 )
         state = train_state.init_state(model, transforms, reference, seed, layout)
-        summary.rewards.save_json(directory / STATISTICS)
+        if processes.is_first():
+            statistics.save_json(directory / STATISTICS)
         if needs.reference:
             checkpoints.save_policy(directory / REFERENCE, reference, meta)
+    else:
+        statistics = RewardStatistics.load_json(directory / STATISTICS)
     meta["reference"] = digest
     if not needs.reference or manifest is not None:
         reference = None
@@ -221,8 +236,7 @@ def train(
         position = Position(**saved["data"])
         warn_of_changes(saved, meta)
 
-    # 3. The data. A resumed run keeps the reward statistics that it began with.
-    statistics = RewardStatistics.load_json(directory / STATISTICS)
+    # 3. The data.
     if statistics != summary.rewards and manifest is not None:
         raise UsageError(
             f"{cache_dir}: its rewards are normalised otherwise than those this run began with; choose another "
@@ -238,7 +252,7 @@ def train(
         )
     task = feedback_task(
         feedback,
-        vocabulary=vocabulary,
+        vocabulary=checked.vocabulary,
         statistics=statistics,
         num_input_examples=summary.num_input_examples,
         min_reward=summary.top_reward,
@@ -246,26 +260,26 @@ def train(
         prompt_ids=needs.pairs,
         drop_overlong=drop_overlong,
     )
-
     seqio.set_global_cache_dirs([] if cache_dir is None else [cache_dir])
 
-    # 4. What lies beside the checkpoints.
-    if vocabulary_file is not None and not (directory / VOCABULARY).exists():
-        epath.Path(vocabulary_file).copy(directory / VOCABULARY)
-    configuration.save_operative(directory / "config.gin")
+    # 4. What lies beside the checkpoints, written by one process.
+    names = ("train", "training_eval") if processes.is_first() else ()
     opened = contextlib.ExitStack()
-    writer, held_out_writer = (
-        metric_writers.SummaryWriter(str(directory / name)) for name in ("train", "training_eval")
-    )
-    opened.callback(writer.close)
-    opened.callback(held_out_writer.close)
+    writers = [metric_writers.SummaryWriter(str(directory / name)) for name in names]
+    for writer in writers:
+        opened.callback(writer.close)
+    if processes.is_first():
+        if vocabulary_file is not None and not (directory / VOCABULARY).exists():
+            epath.Path(vocabulary_file).copy(directory / VOCABULARY)
+        configuration.save_operative(directory / "config.gin")
     manager = checkpoints.open_manager(directory, keep_last=keep_last, keep_every=keep_every)
     # However the run ends, a checkpoint that was begun is finished.
-    opened.callback(manager.close)
+    opened.callback(checkpoints.close, manager)
 
     # 5. Training.
     def log(done: int, metrics: loop.Scalars) -> None:
-        writer.write_scalars(done, metrics)
+        for writer in writers[:1]:
+            writer.write_scalars(done, metrics)
         console.print(f"step {done}/{num_steps}  {format_metrics(metrics, TERMINAL_METRICS)}")
         if done == 1 and needs.reference:
             spread = metrics["kl/log_ratio_std"]
@@ -277,7 +291,6 @@ def train(
                     spread,
                 )
 
-    share = Share(jax.process_index(), jax.process_count())
     evaluation_step = step.make_evaluation_step(model, algorithm, layout)
     batch_sharding = partitioning.batch_sharding(mesh, rules.rules)
 
@@ -290,7 +303,6 @@ def train(
             lengths=lengths,
             batch_size=batch_size,
             max_examples=max_examples,
-            share=share,
         )
         arrays = [
             jax.device_get(evaluation_step(state, reference, loop.to_devices(b, batch_sharding)))
@@ -300,15 +312,22 @@ def train(
             logger.warning("nothing held out is left to evaluate: no pair, or none short enough")
             return
         metrics = held_out_metrics(algorithm, jax.tree.map(lambda *x: np.concatenate(x), *arrays))
-        held_out_writer.write_scalars(done, metrics)
+        for writer in writers[1:]:
+            writer.write_scalars(done, metrics)
         console.print(f"held out, step {done}  {format_metrics(metrics, TERMINAL_METRICS)}")
 
     stop = loop.StopRequest()
     with (
         stop.listening(),
         opened,
+        processes.ended_when_stalled(stall_seconds) as alive,
         progress_bar(f"{algorithm.name} training", num_steps, first_step) as progress,
     ):
+
+        def show(done: int) -> None:
+            alive()
+            progress.update(progress.task_ids[0], completed=done)
+
         state = loop.train(
             state,
             reference,
@@ -322,7 +341,6 @@ def train(
                 seed=seed,
                 max_examples=max_examples,
                 start=position,
-                share=share,
             ),
             batch_sharding=batch_sharding,
             num_steps=num_steps,
@@ -333,7 +351,7 @@ def train(
                 manager, state, meta | {"data": dataclasses.asdict(position)}
             ),
             stop=stop,
-            progress=lambda done: progress.update(progress.task_ids[0], completed=done),
+            progress=show,
         )
     if int(state.step) < num_steps:
         assert stop.signal is not None
@@ -341,23 +359,88 @@ def train(
     return None
 
 
+@dataclasses.dataclass(frozen=True)
+class Checked:
+    """What `check_data` found in order.
+
+    Attributes:
+      model: with what the method adds to it.
+      vocabulary: of the task.
+      vocabulary_digest: what identifies it.
+      summary: of the feedback file, or as it was when the cache was made.
+      overlong: how many rows are cut.
+      manifest: of the cache, None without one or for SeqIO's own.
+      rows: `FeedbackSummary.digest` of the file that is there now, else the cache's.
+    """
+
+    model: T5Config
+    vocabulary: seqio.Vocabulary
+    vocabulary_digest: str
+    summary: FeedbackSummary
+    overlong: OverlongCounts
+    manifest: caching.Manifest | None
+    rows: str
+
+
+def check_data(
+    feedback: FeedbackFile,
+    model: T5Config,
+    algorithm: Algorithm,
+    lengths: Mapping[str, int],
+    vocabulary_file: str | None,
+    cache_dir: str | None,
+    drop_overlong: bool,
+) -> Checked:
+    """Reads feedback, vocabulary and the cache's manifest. Raises UsageError for what does not fit together."""
+    check_lengths(lengths)
+    needs = algorithm.needs
+    vocabulary = load_vocabulary(vocabulary_file)
+    model = dataclasses.replace(model, reserved_entry=needs.value == "policy")
+    check_vocabulary_fits(vocabulary, model.vocab_size, reserved_entry=model.reserved_entry)
+    manifest = None if cache_dir is None else caching.read_manifest(cache_dir)
+    # A cache serves without its file, but not for another one.
+    of_file = (
+        summarise(feedback) if manifest is None or epath.Path(feedback.path).exists() else None
+    )
+    if manifest is not None:
+        summary, overlong = summaries_of_cache(manifest)
+    else:
+        assert of_file is not None
+        summary = of_file
+        overlong = count_overlong(
+            feedback, vocabulary=vocabulary, lengths=lengths, drop_overlong=drop_overlong
+        )
+        if cache_dir is not None:
+            needed = ["mismatched_targets"] * needs.mismatched + ["prompt_ids"] * needs.pairs
+            caching.check_seqio_cache(cache_dir, summary.num_input_examples, needed)
+    return Checked(
+        model=model,
+        vocabulary=vocabulary,
+        vocabulary_digest=vocabulary_digest(vocabulary_file),
+        summary=summary,
+        overlong=overlong,
+        manifest=manifest,
+        rows=(of_file or summary).digest,
+    )
+
+
 def check_settings(
     model_dir: str,
-    lengths: Mapping[str, int],
     num_steps: int,
     max_examples: int,
     seed: int,
     keep_last: int,
     keep_every: int | None,
+    stall_seconds: float,
 ) -> None:
     """Raises UsageError for a setting of `train` that means nothing."""
     if not isinstance(model_dir, str):
         raise UsageError(f"MODEL_DIR is {model_dir!r}: give a path, as in \"'out'\"")
     check_number("TRAIN_STEPS", num_steps, whole=True, at_least=1)
-    check_lengths(lengths)
     check_number("MAX_EXAMPLES", max_examples, whole=True, at_least=1)
     check_number("train.seed", seed, whole=True)
     check_number("train.keep_last", keep_last, whole=True, at_least=1)
+    check_number("train.stall_seconds", stall_seconds, above=0)
     if keep_every is not None:
         check_number("train.keep_every", keep_every, whole=True, at_least=1)
 
@@ -519,7 +602,7 @@ def make_directory(directory: epath.Path) -> None:
     """Makes the run's folder. Raises UsageError where that is not possible."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / ".writable"
+        probe = directory / f".writable-{jax.process_index()}"
         probe.write_text("")
         probe.unlink()
     except OSError as error:

@@ -182,6 +182,7 @@ class RMSNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         """Normalises [..., E] over its last axis."""
         scale = parameter(self, "scale", nn.initializers.ones_init(), (x.shape[-1],), ("embed",))
+        scale = gather(scale, "embed")
         x = x.astype(jnp.float32)
         x = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + 1e-6)
         return (x * scale.reshape((1,) * (x.ndim - 1) + (-1,))).astype(self.dtype)
@@ -202,6 +203,8 @@ class Embedding(nn.Module):
         """Looks up tokens [B, T]: [B, T, E]."""
         # A gather: the one-hot product costs a third of a small model's step on CPU.
         table = gather(self.embedding.astype(self.config.compute_dtype), "vocab", "embed")
+        # The gradient is added up whole too, or the compiler moves all activations to where the table lies.
+        table = constrain(table, "vocab", None)
         return constrain(jnp.take(table, tokens, axis=0), "batch", None, None)
 
     def attend(self, x: Array) -> Array:

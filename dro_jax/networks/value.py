@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from dro_jax.networks.sharding import gather
 from dro_jax.networks.t5 import Decoder, Embedding, Encoder, T5Config, encoder_segments, parameter
 
 Array = jax.Array
@@ -76,6 +77,7 @@ class ValueHead(nn.Module):
         """Maps [B, N, E] to [B, N]."""
         zeros = nn.initializers.zeros_init()
         kernel = parameter(self, "kernel", zeros, (states.shape[-1], 1), ("embed", None))
+        kernel = gather(kernel, "embed", None)
         bias = parameter(self, "bias", zeros, (1,), (None,))
         # "highest": accelerators round the factors of float32 products otherwise.
         values = jnp.matmul(states.astype(jnp.float32), kernel, precision="highest")

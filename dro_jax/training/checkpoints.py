@@ -5,9 +5,11 @@ and `meta` (JSON: what the checkpoint belongs to, and a checksum of every array,
 flipped bit without a word), and `reference/checkpoint_0/` with the frozen reference in the same form.
 """
 
+import contextlib
 import hashlib
 import json
 import logging
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -17,6 +19,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from dro_jax.errors import UsageError
+from dro_jax.training import processes
 from dro_jax.training.train_state import TrainState
 
 Tree = Any
@@ -29,6 +32,10 @@ _NAMES = ocp.path.step.standard_name_format(step_prefix="checkpoint")
 
 class DamagedError(UsageError):
     """A checkpoint that cannot be read, or whose arrays are not the ones that were written."""
+
+
+class SaveError(OSError):
+    """A checkpoint that cannot be written, because a disk is full or the like; the older ones are whole."""
 
 
 def checksums(tree: Tree) -> dict[str, int]:
@@ -69,7 +76,7 @@ def open_manager(
       keep_every: checkpoints at multiples of this many steps are kept for ever; None keeps only the newest.
 
     Returns:
-      The manager; `close()` waits for the save under way.
+      The manager, for `save` and `close`.
     """
     policies = ocp.checkpoint_managers
     keep: list[Any] = [policies.LatestN(keep_last)]
@@ -93,8 +100,17 @@ def save(manager: ocp.CheckpointManager, state: TrainState, meta: Meta) -> None:
       manager: of `open_manager`.
       state: the state.
       meta: JSON-ready facts that the checkpoint belongs to.
+
+    Raises:
+      SaveError: if this cannot be written, or the save before it could not.
     """
     _save(manager, int(state.step), _items(state), meta)
+
+
+def close(manager: ocp.CheckpointManager) -> None:
+    """Waits for the save under way. Raises SaveError if it failed."""
+    with _writing(manager.directory):
+        manager.close()
 
 
 def save_policy(directory: epath.PathLike, policy: Tree, meta: Meta) -> None:
@@ -102,11 +118,12 @@ def save_policy(directory: epath.PathLike, policy: Tree, meta: Meta) -> None:
 
     One that an earlier start left there is replaced.
     """
-    if 0 in steps(directory):
+    if processes.is_first() and 0 in steps(directory):
         _path(directory, 0).rmtree()
+    processes.wait_for_all("place for the reference")
     manager = open_manager(directory, keep_last=1, keep_every=None)
     _save(manager, 0, {"policy": policy}, meta)
-    manager.close()
+    close(manager)
 
 
 def _items(state: TrainState) -> dict[str, Tree]:
@@ -118,7 +135,25 @@ def _save(manager: ocp.CheckpointManager, step: int, trees: dict[str, Tree], met
     meta = meta | {"step": step, "checksums": {k: checksums(v) for k, v in trees.items()}}
     meta["digest"] = _digest(meta)
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-    manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
+    with _writing(manager.directory):
+        manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
+
+
+@contextlib.contextmanager
+def _writing(directory: epath.Path) -> Iterator[None]:
+    try:
+        yield
+    # A full disk is an OSError in one writer below and a ValueError in another.
+    except Exception as error:
+        lines = [line for line in str(error).strip().splitlines() if line]
+        full = next((line for line in lines if "No space left" in line), None)
+        reason = "No space left on device" if full else (lines or [type(error).__name__])[0][:200]
+        found = steps(directory)
+        older = f"the checkpoint of step {found[-1]} is whole: " if found else ""
+        raise SaveError(
+            f"{directory}: a checkpoint cannot be written ({reason}); {older}make room, and the same command "
+            "goes on"
+        ) from error
 
 
 def steps(directory: epath.PathLike) -> list[int]:
@@ -165,12 +200,10 @@ def restore_latest(
         except DamagedError as error:
             damaged.append((step, error))
             continue
-        for bad, reason in damaged:
-            path = _path(directory, bad)
-            names = (f"{path.name}.damaged{suffix}" for suffix in ("", *range(2, 1000)))
-            aside = next(place for name in names if not (place := path.parent / name).exists())
-            logger.warning("%s; moved to %s", reason, aside.name)
-            path.rename(aside)
+        if processes.is_first():
+            for bad, reason in damaged:
+                _move_aside(_path(directory, bad), reason)
+        processes.wait_for_all("damaged checkpoints are aside")
         return TrainState(
             step=jax.device_put(np.int32(step), abstract.step.sharding),
             policy=restored["policy"],
@@ -184,6 +217,13 @@ def restore_latest(
             else f"{damaged[0][1]}; there is no older one: choose another MODEL_DIR"
         )
     return None
+
+
+def _move_aside(path: epath.Path, reason: DamagedError) -> None:
+    names = (f"{path.name}.damaged{suffix}" for suffix in ("", *range(2, 1000)))
+    aside = next(place for name in names if not (place := path.parent / name).exists())
+    logger.warning("%s; moved to %s", reason, aside.name)
+    path.rename(aside)
 
 
 def find(path: epath.PathLike) -> tuple[epath.Path, int]:

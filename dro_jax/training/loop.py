@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding
 
 from dro_jax.errors import DivergenceError, check_number
@@ -40,21 +42,35 @@ class Periods:
 
 
 class StopRequest:
-    """Whether someone asked the run to stop, by Ctrl-C or SIGTERM; a second Ctrl-C stops it at once."""
+    """Whether someone asked the run to stop, by Ctrl-C or SIGTERM; a second Ctrl-C stops it at once.
+
+    Of several processes each may be asked, and all stop after the same step: JAX's preemption service tells
+    the others of a SIGTERM.
+    """
 
     def __init__(self) -> None:
         """No request yet."""
         self.signal: signal.Signals | None = None
+        self._shared = jax.process_count() > 1
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
         """Catches the signals while the context lasts."""
-        previous = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        # With several processes SIGTERM belongs to the preemption service.
+        caught = (signal.SIGINT,) if self._shared else (signal.SIGINT, signal.SIGTERM)
+        previous = {s: signal.signal(s, self._note) for s in caught}
         try:
             yield
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
+
+    def after(self, step: int) -> bool:
+        """Whether to stop now that this many steps are done; to be asked after every step, by every process."""
+        if self._shared and multihost_utils.reached_preemption_sync_point(step):
+            self.signal = signal.SIGTERM
+            return True
+        return not self._shared and self.signal is not None
 
     def _note(self, number: int, frame: Any) -> None:
         del frame
@@ -62,6 +78,8 @@ class StopRequest:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = signal.Signals(number)
+        if self._shared:
+            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def train(
@@ -85,8 +103,8 @@ def train(
       state: where to start; its buffers are donated.
       reference: parameters of pi_ref, or None.
       train_step: of `make_train_step`.
-      batches: this process's rows, beginning with the batch of step `state.step`, each with the place in the
-        data after it.
+      batches: whole batches, the same in every process, beginning with that of step `state.step`, each with
+        the place in the data after it.
       batch_sharding: how a batch lies on the mesh.
       num_steps: steps of the whole run, those already done included.
       periods: how often to log, evaluate and save; the first step is logged too.
@@ -94,7 +112,7 @@ def train(
       evaluate: takes the number of steps done and the state.
       save: takes a state that is finite, as its losses and gradients were, and the place in the data after
         the last batch that went into it, however far ahead `batches` has read.
-      stop: asked after every step.
+      stop: asked after every step, by every process.
       progress: takes the number of steps done, after every step.
 
     Returns:
@@ -118,7 +136,7 @@ def train(
             jax.block_until_ready(metrics)
             clock = time.perf_counter()
 
-        finished = done == num_steps or stop.signal is not None
+        finished = stop.after(done) or done == num_steps
         evaluation_due = done == num_steps or done % periods.evaluate == 0
         checkpoint_due = finished or done % periods.checkpoint == 0
         log_due = done % periods.log == 0 or done == first + 1
@@ -138,9 +156,9 @@ def train(
 
 
 def to_devices(batch: HostBatch, sharding: NamedSharding) -> dict[str, jax.Array]:
-    """Global arrays from the rows that each process holds."""
+    """A batch that every process holds, each device taking its rows."""
     return {
-        name: jax.make_array_from_process_local_data(sharding, array)
+        name: jax.make_array_from_callback(array.shape, sharding, array.__getitem__)
         for name, array in batch.items()
     }
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from dro_jax.errors import UsageError, check_number
@@ -84,22 +84,24 @@ class Partitioning:
                 f"mesh {dict(zip(MESH_AXES, sizes, strict=True))} does not fit {count} devices: "
                 "set Partitioning.data, .fsdp and .model so that their product is the device count"
             )
-        return Mesh(np.asarray(devices).reshape(sizes), MESH_AXES)
+        # On a TPU the order of the devices follows its wires.
+        placed = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(placed, MESH_AXES)
 
 
 def check_batch_size(
     batch_size: int, mesh: Mesh, partitioning: Partitioning, microbatches: int = 1
 ) -> None:
-    """Raises UsageError unless the rows of a microbatch divide evenly over the mesh and the processes."""
+    """Raises UsageError unless the rows of a microbatch divide evenly over the mesh."""
     check_number("MICROBATCHES", microbatches, whole=True, at_least=1)
     axes = _axes_of_rows(partitioning.rules)
     shards = math.prod(mesh.shape[axis] for axis in axes)
-    unit = math.lcm(shards, jax.process_count()) * microbatches
+    unit = shards * microbatches
     if not isinstance(batch_size, int) or batch_size < 1 or batch_size % unit:
         of = f" in {microbatches} microbatches" if microbatches > 1 else ""
         raise UsageError(
             f"BATCH_SIZE {batch_size!r} does not divide into {shards} data shards "
-            f"(mesh axes {' x '.join(axes) or 'none'}) on {jax.process_count()} process(es){of}: "
+            f"(mesh axes {' x '.join(axes) or 'none'}){of}: "
             f"choose a multiple of {unit}"
         )
 

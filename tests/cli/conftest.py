@@ -104,7 +104,7 @@ def _clean_up() -> Iterator[None]:
     sys.unraisablehook = hook
     root.handlers[:] = handlers
     root.setLevel(level)
-    for name in ("dro_jax", "asyncio"):
+    for name in ("dro_jax", "asyncio", "absl"):
         logging.getLogger(name).setLevel(logging.NOTSET)
     gin.clear_config()
 

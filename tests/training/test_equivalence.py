@@ -1,82 +1,28 @@
-"""One training, many ways to lay it out: every mesh, microbatches, scanned and rematerialised layers."""
+"""One training, many ways to lay it out: every mesh, processes, microbatches, scanned and rematerialised layers."""
 
 import dataclasses
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
-import jax
 import numpy as np
 import pytest
+from equivalence import METHODS, history, packed_batch
 
-from dro_jax.data.packing import fill_rows
-from dro_jax.training import step
-from dro_jax.training.algorithms import DroP, DroV, Kto, Pairwise, Sft
-
-QUICK = {"xla_backend_optimization_level": 0}
-STEPS = 20
 DEEP = {"num_encoder_layers": 2, "num_decoder_layers": 2}
-LENGTHS = {"inputs": 16, "targets": 12}
-METHODS = {
-    "dro_v": DroV(tau=0.5),
-    "dro_v_single_value": DroV(tau=0.5, values="single"),
-    "dro_p": DroP(tau=0.5),
-    "kto": Kto(tau=0.5),
-    "dpo": Pairwise(tau=0.5),
-    "sft": Sft(),
-}
-
-
-def packed_batch(number, rows=16, slots=3):
-    """Rows of one to three examples, a row without any, rewards that differ in spread from row to row."""
-    rng = np.random.default_rng([7, number])
-
-    def text(longest):
-        return np.append(rng.integers(3, 32, rng.integers(0, longest)), 1).astype(np.int32)
-
-    def example(row):
-        return {
-            "inputs": text(5),
-            "targets": text(4),
-            "mismatched_targets": text(4),
-            "rewards": np.float32([row / 8 - 1 + rng.normal() * (row % 3)]),
-        }
-
-    packed = [[example(row) for _ in range(rng.integers(1, slots + 1))] for row in range(rows)]
-    packed[number % rows] = []
-    return fill_rows(packed, lengths=LENGTHS, max_examples=slots)
 
 
 @pytest.fixture(scope="module")
 def trained(bench, make_batch):
-    """Loss and gradient norms of 20 steps from one start, away from the reference and from V = 0."""
+    """The history of a method on a mesh."""
 
     def train(method, sizes=(1, 1, 1), packed=True, microbatches=1, **config):
-        one = bench(sizes, METHODS[method], config=dataclasses.replace(bench().config, **config))
-        rng = np.random.default_rng(1)
-
-        def moved(tree):
-            return jax.tree.map(
-                lambda x: np.asarray(x) + 0.1 * rng.standard_normal(x.shape, np.float32), tree
-            )
-
-        first = one.first_state
-        state = one.state(policy=moved(first.policy), value=moved(first.value))
-        make = packed_batch if packed else make_batch
-        train_step = (
-            step.make_train_step(
-                one.config,
-                one.algorithm,
-                one.optimizer.transforms(),
-                one.optimizer.schedules(),
-                one.layout,
-                microbatches,
-            )
-            .lower(state, one.reference, one.to_devices(make(0)))
-            .compile(compiler_options=QUICK)
-        )
-        history = []
-        for number in range(STEPS):
-            state, metrics = train_step(state, one.reference, one.to_devices(make(number)))
-            history.append({name: float(value) for name, value in metrics.items()})
-        return history
+        config = dataclasses.replace(bench().config, **config)
+        one = bench(sizes, METHODS[method], config=config)
+        return history(one, packed_batch if packed else make_batch, microbatches)
 
     return train
 
@@ -147,3 +93,24 @@ def test_scanned_and_rematerialised_layers_train_as_unrolled_ones(
 def test_scanned_layers_on_eight_devices_train_as_unrolled_ones_on_one(trained, plain):
     got = trained("dro_v", (2, 2, 2), scan_layers=True, remat="dots", microbatches=2, **DEEP)
     assert_same(got, plain("dro_v", **DEEP))
+
+
+def test_two_processes_of_four_devices_train_as_one_of_eight(trained, tmp_path):
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    script = Path(__file__).with_name("one_of_two_processes.py")
+    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(port), str(number), str(tmp_path / f"{number}.json")],
+            env=environment,
+        )
+        for number in range(2)
+    ]
+    assert [process.wait(300) for process in started] == [0, 0]
+    found = [json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2)]
+    assert found[0] == found[1]
+    assert set(found[0]) == {"dro_v", "dro_p", "kto"}
+    for method, got in found[0].items():
+        assert_same(got, trained(method, (2, 2, 2)))

@@ -1,0 +1,165 @@
+"""Nothing is lost: kills, full disks, and processes that come, go and hang."""
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from kills import STEPS, command, environment, kill_repeatedly, write_feedback
+
+from dro_jax.training import checkpoints
+
+
+def test_four_kills_leave_the_run_that_nobody_killed(tmp_path):
+    undisturbed, killed = kill_repeatedly(tmp_path, kills=4, seed=3)
+    assert undisturbed == killed
+    assert killed["step"] == STEPS
+    assert set(killed["checksums"]) == {"policy", "value", "optimizer"}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="a disk of its own takes root to mount")
+def test_a_full_disk_is_one_line_and_the_older_checkpoint_goes_on(tmp_path):
+    write_feedback(tmp_path / "feedback.jsonl")
+    disk, script = tmp_path / "disk", tmp_path / "script.sh"
+    disk.mkdir()
+    program = command(disk / "run", tmp_path / "feedback.jsonl")
+    # Room for a few checkpoints, of which twelve are kept; then for all.
+    script.write_text(
+        f'mount -t tmpfs -o size=4M tmpfs "{disk}"\n'
+        'echo full > "$0.codes"; "$@" --gin.train.train.keep_last=12 2> "$0.stderr"; echo $? >> "$0.codes"\n'
+        f'mount -o remount,size=100M "{disk}"; "$@" && echo $? >> "$0.codes"; cp -r "{disk}" "{tmp_path}/kept"\n'
+    )
+    subprocess.run(
+        ["unshare", "-m", "sh", str(script), *program], env=environment(tmp_path), check=True
+    )
+    assert Path(f"{script}.codes").read_text().split() == ["full", "1", "0"]
+    (line,) = [
+        text for text in Path(f"{script}.stderr").read_text().splitlines() if "dro_jax" in text
+    ]
+    assert "a checkpoint cannot be written (No space left on device); the checkpoint of " in line
+    assert "Traceback" not in Path(f"{script}.stderr").read_text()
+    assert checkpoints.read_meta(tmp_path / "kept/run", STEPS)["step"] == STEPS
+
+
+class Pair:
+    """Two processes of two devices each that train together."""
+
+    def __init__(self, work: Path, folder: Path, *extra: str, others: tuple[str, ...] = ()) -> None:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        self.outputs = [work / f"{folder.name}.{number}.log" for number in range(2)]
+        self.processes = []
+        for number in range(2):
+            joined = f"--coordinator_address=localhost:{port}", "--num_processes=2"
+            arguments = [*extra, *(others if number else ()), *joined, f"--process_id={number}"]
+            with self.outputs[number].open("wb") as log:
+                process = subprocess.Popen(
+                    recorded(work, folder, *arguments),
+                    stdout=log,
+                    stderr=log,
+                    env=environment(work)
+                    | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"},
+                )
+            self.processes.append(process)
+
+    def wait(self) -> list[int]:
+        return [process.wait(240) for process in self.processes]
+
+    def text(self, number: int = 0) -> str:
+        return self.outputs[number].read_text()
+
+    def wait_for(self, text: str) -> None:
+        while text not in self.text():
+            assert self.processes[0].poll() is None, self.text()
+            time.sleep(0.05)
+
+
+def recorded(work: Path, folder: Path, *extra: str) -> list[str]:
+    """The command, writing what every step is given to `<folder>.rows`."""
+    program = command(folder, work / "feedback.jsonl")
+    script = str(Path(__file__).with_name("recorded.py"))
+    everything = "--gin.feedback.FeedbackFile.validation_fraction=0.0"
+    return [program[0], script, f"{folder}.rows", *program[3:], everything, *extra]
+
+
+def rows(folder: Path) -> list[str]:
+    """Each row that a step was given, with its step."""
+    return [
+        row
+        for path in folder.parent.glob(f"{folder.name}.rows.*")
+        for row in path.read_text().splitlines()
+    ]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    work = tmp_path_factory.mktemp("work")
+    write_feedback(work / "feedback.jsonl")
+    return work
+
+
+def test_one_then_two_then_one_process_are_given_what_one_alone_is(work):
+    folder, alone = work / "changing", work / "alone"
+    subprocess.run(recorded(work, alone), env=environment(work), check=True)
+    subprocess.run(
+        recorded(work, folder, "--gin.TRAIN_STEPS=17"), env=environment(work), check=True
+    )
+    pair = Pair(work, folder)
+    pair.wait_for("step 29/")
+    # A notice to one of them is heard by both.
+    pair.processes[1].send_signal(signal.SIGTERM)
+    assert pair.wait() == [75, 75], pair.text() + pair.text(1)
+    assert "saved; the same command goes on from there" in pair.text()
+    assert pair.text(1).count("step") <= 1
+    stopped = checkpoints.steps(folder)[-1]
+    assert 29 <= stopped < STEPS
+    subprocess.run(recorded(work, folder), env=environment(work), check=True)
+    # Rows of a packed epoch are others than the file's, so that the whole stream is compared, in order.
+    assert len(rows(alone)) == 4 * STEPS
+    assert sorted(rows(folder)) == sorted(rows(alone))
+
+
+@pytest.mark.parametrize(
+    ("blow", "codes", "line"),
+    [
+        (signal.SIGSTOP, (70,), "dro_jax: nothing has happened for 15 seconds: ended; the same"),
+        (signal.SIGKILL, (1, 70, -signal.SIGABRT), "dro_jax: "),
+    ],
+)
+def test_a_process_that_hangs_or_dies_ends_the_others_soon(blow, codes, line, work):
+    folder = work / f"hit-{int(blow)}"
+    pair = Pair(work, folder, "--gin.train.train.stall_seconds=15", "--gin.TRAIN_STEPS=100000")
+    pair.wait_for("step 5/")
+    pair.processes[1].send_signal(blow)
+    began = time.monotonic()
+    assert pair.processes[0].wait(60) in codes, pair.text()
+    assert time.monotonic() - began < 40
+    assert line in pair.text()
+    pair.processes[1].kill()
+    pair.processes[1].wait()
+    assert checkpoints.steps(folder)
+
+
+@pytest.mark.parametrize(
+    ("difference", "line"),
+    [
+        ("--gin.BATCH_SIZE=8", "process 1 was started with another configuration than process 0"),
+        ("--gin.BATCH_SIZ=8", "dro_jax: BATCH_SIZ: nothing in this configuration uses it"),
+    ],
+)
+def test_processes_of_different_configurations_say_so_all_alike(difference, line, work):
+    folder = work / f"differing-{len(difference)}"
+    pair = Pair(work, folder, others=(difference,))
+    assert pair.wait() == [2, 2]
+    lines = [
+        [line for line in pair.text(number).splitlines() if line.startswith("dro_jax:")]
+        for number in range(2)
+    ]
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 1
+    assert line in lines[0][0]
+    assert not folder.exists()
