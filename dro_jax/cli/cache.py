@@ -17,7 +17,7 @@ from dro_jax.data.tasks import feedback_task
 from dro_jax.errors import UsageError
 from dro_jax.networks import T5Config
 from dro_jax.networks.sharding import laid_over
-from dro_jax.training import checkpoints, loop, partitioning, train_state
+from dro_jax.training import checkpoints, loop, partitioning, processes, train_state
 from dro_jax.training.algorithms import Needs
 from dro_jax.training.step import sequence_log_prob
 
@@ -32,7 +32,6 @@ def run() -> None:
       UsageError: for anything wrong with files or settings, before anything is written.
     """
     bound = configuration.arguments(train.train)
-    configuration.bound(train.train)
     feedback, lengths, rules = bound["feedback"], bound["lengths"], bound["rules"]
     needs: Needs = bound["algorithm"].needs
     if not isinstance(bound.get("cache_dir"), str):
@@ -44,15 +43,18 @@ def run() -> None:
     drop_overlong = bound.get("drop_overlong", False)
     mesh = rules.mesh()
     partitioning.check_batch_size(bound["batch_size"], mesh, rules)
-    checked = train.check_data(
-        feedback,
-        bound["model"],
-        bound["algorithm"],
-        lengths,
-        bound.get("vocabulary_file"),
-        None,
-        drop_overlong,
+    checked = processes.agree(
+        lambda: train.check_data(
+            feedback,
+            bound["model"],
+            bound["algorithm"],
+            lengths,
+            bound.get("vocabulary_file"),
+            None,
+            drop_overlong,
+        )
     )
+    processes.refuse_differences("feedback file", checked.summary.digest)
     model, vocabulary, summary = checked.model, checked.vocabulary, checked.summary
     digest, reference = None, None
     if needs.reference:
@@ -118,12 +120,15 @@ def run() -> None:
             },
             score=score,
             scored=scored,
+            writes=processes.is_first(),
             progress=lambda done: progress.update(progress.task_ids[0], completed=done),
         )
-    console.print(
-        f"{epath.Path(bound['cache_dir']) / caching.TASK}: {total} examples, "
-        f"{sum(manifest.files.values()) / 1e6:.1f} MB"
-    )
+    if manifest is not None:
+        console.print(
+            f"{epath.Path(bound['cache_dir']) / caching.TASK}: {total} examples, "
+            f"{sum(manifest.files.values()) / 1e6:.1f} MB"
+        )
+    processes.wait_for_all("the cache is written")
 
 
 def make_score(

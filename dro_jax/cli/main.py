@@ -102,8 +102,7 @@ def _parser() -> argparse.ArgumentParser:
             default=[],
             help="a folder to look for gin files in; repeatable",
         )
-        if name == "train":
-            _add_processes(configured)
+        _add_processes(configured)
 
     check = commands.add_parser(
         "check", help="what is in feedback files: rows, rewards, lengths, mistakes, and how to pack"
@@ -195,19 +194,11 @@ def _split_gin_bindings(arguments: Sequence[str]) -> tuple[list[str], list[str]]
 
 
 def _configured(parsed: argparse.Namespace, bindings: list[str]) -> int:
-    from dro_jax.cli import configuration
-
     _start_console()
-    if parsed.command == "cache":
-        from dro_jax.cli import cache
-
-        configuration.load(parsed.gin_file, bindings, parsed.gin_search_paths)
-        cache.run()
-        return 0
     import jax
     import tensorflow as tf
 
-    from dro_jax.cli import console, train
+    from dro_jax.cli import cache, configuration, console, train
     from dro_jax.training import processes
 
     apart = (parsed.coordinator_address, parsed.num_processes, parsed.process_id)
@@ -217,9 +208,13 @@ def _configured(parsed: argparse.Namespace, bindings: list[str]) -> int:
             console.silence()
     processes.agree(lambda: configuration.load(parsed.gin_file, bindings, parsed.gin_search_paths))
     processes.refuse_differences("configuration", configuration.text())
+    # Makes what the configuration names, and finds what is wrong with it.
     run = processes.agree(lambda: configuration.bound(train.train))
     try:
-        return _finish(run())
+        if parsed.command == "train":
+            return _finish(run())
+        cache.run()
+        return 0
     except (jax.errors.JaxRuntimeError, tf.errors.OpError) as error:
         print(f"dro_jax: {_explain(error)}", file=sys.stderr, flush=True)
         if jax.process_count() > 1:

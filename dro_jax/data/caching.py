@@ -57,8 +57,9 @@ def write(
     counts: Facts,
     score: Score | None,
     scored: Sequence[str],
+    writes: bool = True,
     progress: Callable[[int], None] = lambda done: None,
-) -> Manifest:
+) -> Manifest | None:
     """Writes a task's cache, going on after the last whole part of an earlier call.
 
     Args:
@@ -69,10 +70,11 @@ def write(
         score: from some examples, as the task tokenises them, to what is stored with each: float32 arrays
             [examples] by feature name; None where nothing is.
         scored: the names of these features.
+        writes: whether this is the process that writes; of several that score together the others write nothing.
         progress: takes the number of examples done, those of an earlier call included.
 
     Returns:
-        The manifest, which has been written last.
+        The manifest, which has been written last; None in a process that does not write.
 
     Raises:
         UsageError: the folder holds another cache, or the rows are not as many as they were.
@@ -84,11 +86,11 @@ def write(
             raise UsageError(f"{folder}: is a cache of seqio_cache_tasks; choose another folder")
         refuse_differences(folder, found.facts, facts)
         return found
-    folder.mkdir(parents=True, exist_ok=True)
     unfinished = folder / _UNFINISHED
     if unfinished.exists():
         refuse_differences(folder, _load(unfinished), facts)
-    else:
+    elif writes:
+        folder.mkdir(parents=True, exist_ok=True)
         _replace(unfinished, json.dumps(facts, indent=2).encode())
     done = 0
     files: dict[str, int] = {}
@@ -107,15 +109,22 @@ def write(
                 if examples:
                     features = {name: _described(array) for name, array in examples[0].items()}
                 pieces.append(epath.Path(f"{shard}.part-{piece:05d}"))
+                # Asked before the part is scored, so that all processes find the same.
                 if not shard.exists() and not pieces[-1].exists():
-                    _write_part(pieces[-1], examples, score(examples) if score else {})
+                    scores = score(examples) if score else {}
+                    if writes:
+                        _write_part(pieces[-1], examples, scores)
                 done += len(examples)
                 progress(done)
+            if not writes:
+                continue
             if not shard.exists():
                 _join(shard, pieces)
             files[shard.name] = shard.stat().length
         if done - before != total or next(parts, None):
             raise UsageError(f"{folder}: the rows changed while they were cached; {_REMAKE}")
+        if not writes:
+            continue
         info = {
             "num_shards": number,
             "features": features | extra if features else {},
@@ -127,6 +136,8 @@ def write(
         ):
             _replace(folder / name, json.dumps(content).encode())
             files[name] = (folder / name).stat().length
+    if not writes:
+        return None
     # Of an earlier, interrupted joining.
     for path in folder.glob("*.part-*"):
         path.unlink()

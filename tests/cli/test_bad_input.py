@@ -269,6 +269,15 @@ def test_batch_size_that_does_not_divide(refused, batch_size):
     [
         ({"TRAIN_STEPS": 0}, "TRAIN_STEPS is 0: give a whole number of at least 1"),
         ({"TRAIN_STEPS": "200"}, "TRAIN_STEPS is '200': give a whole number"),
+        ({"MICROBATCHES": 0}, "MICROBATCHES is 0: give a whole number of at least 1"),
+        ({"MICROBATCHES": 2}, "BATCH_SIZE 8 does not divide into 8 data shards"),
+        (
+            {"partitioning__Partitioning__rules": (("embd", "fsdp"),)},
+            "Partitioning.rules: there is no logical axis 'embd'",
+        ),
+        ({"t5__T5Config__remat": "all"}, "T5Config.remat is 'all': give one of 'none', 'dots'"),
+        ({"t5__T5Config__scan_layers": 1}, "T5Config.scan_layers is 1: give True or False"),
+        ({"train__train__stall_seconds": 0}, "train.stall_seconds is 0: give a number greater"),
         ({"TAU": -1}, "TAU (DroV.tau) is -1: give a number greater than 0"),
         ({"TAU": True}, "TAU (DroV.tau) is True: give a number greater than 0"),
         ({"MODEL_DIR": 3}, "MODEL_DIR is 3: give a path"),

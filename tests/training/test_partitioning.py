@@ -67,6 +67,46 @@ def test_rows_must_divide_over_data_and_fsdp_together(cube):
             partitioning.check_batch_size(size, cube, Partitioning())
 
 
+def test_every_microbatch_must_divide_too(cube):
+    partitioning.check_batch_size(16, cube, Partitioning(), microbatches=4)
+    with pytest.raises(UsageError, match=r"BATCH_SIZE 8 .* in 4 microbatches: .* multiple of 16"):
+        partitioning.check_batch_size(8, cube, Partitioning(), microbatches=4)
+    with pytest.raises(UsageError, match="MICROBATCHES is 0: give a whole number"):
+        partitioning.check_batch_size(8, cube, Partitioning(), microbatches=0)
+
+
+@pytest.mark.parametrize(
+    ("rules", "message"),
+    [
+        ((("embd", "fsdp"),), "there is no logical axis 'embd'; there are batch, vocab, embed"),
+        ((("embed", "fsd"),), "'embed' goes to 'fsd', which is no mesh axis; there are data, fsdp"),
+        ((("batch", ("data", "x")),), "'batch' goes to 'x', which is no mesh axis"),
+        (("embed",), "write \\(\\('embed', 'fsdp'\\), …\\)"),
+        (3, "rules is 3: write"),
+    ],
+)
+def test_a_rule_of_an_axis_that_is_not_there_is_one_clear_line(rules, message):
+    with pytest.raises(UsageError, match=message) as raised:
+        Partitioning(rules=rules)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_axis_that_its_mesh_axis_does_not_divide_stays_whole(cube):
+    shape = (3, 4)
+    boxed = {
+        "w": nn.LogicallyPartitioned(jax.ShapeDtypeStruct(shape, jnp.float32), ("heads", "embed"))
+    }
+    got = partitioning.parameter_shardings(boxed, cube, Partitioning())
+    assert got["w"].spec == P(None, "fsdp")
+
+
+def test_rows_lie_where_the_rule_of_the_batch_says(cube):
+    rules = (("batch", "data"),)
+    array = jax.device_put(np.arange(4.0), partitioning.batch_sharding(cube, rules))
+    assert {tuple(shard.data.tolist()) for shard in array.addressable_shards} == {(0, 1), (2, 3)}
+    partitioning.check_batch_size(2, cube, Partitioning(rules=rules))
+
+
 def test_every_parameter_lies_by_the_rules_of_its_logical_axes(bench):
     layout = bench((2, 2, 2)).layout
     assert layout.shardings.step.spec == P()
