@@ -23,21 +23,25 @@ def test_four_kills_leave_the_run_that_nobody_killed(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a disk of its own takes root to mount")
-def test_a_full_disk_is_one_line_and_the_older_checkpoint_goes_on(tmp_path):
+def test_a_read_only_or_full_disk_is_one_line_and_the_older_checkpoint_goes_on(tmp_path):
     write_feedback(tmp_path / "feedback.jsonl")
     disk, script = tmp_path / "disk", tmp_path / "script.sh"
     disk.mkdir()
     program = command(disk / "run", tmp_path / "feedback.jsonl")
     # Room for a few checkpoints, of which twelve are kept; then for all.
     script.write_text(
-        f'mount -t tmpfs -o size=4M tmpfs "{disk}"\n'
-        'echo full > "$0.codes"; "$@" --gin.train.train.keep_last=12 2> "$0.stderr"; echo $? >> "$0.codes"\n'
+        f'mount -t tmpfs -o size=4M,ro tmpfs "{disk}"\n'
+        '"$@" 2> "$0.read_only"; echo $? > "$0.codes"\n'
+        f'mount -o remount,rw "{disk}"\n'
+        '"$@" --gin.train.train.keep_last=12 2> "$0.stderr"; echo $? >> "$0.codes"\n'
         f'mount -o remount,size=100M "{disk}"; "$@" && echo $? >> "$0.codes"; cp -r "{disk}" "{tmp_path}/kept"\n'
     )
     subprocess.run(
         ["unshare", "-m", "sh", str(script), *program], env=environment(tmp_path), check=True
     )
-    assert Path(f"{script}.codes").read_text().split() == ["full", "1", "0"]
+    assert Path(f"{script}.codes").read_text().split() == ["2", "1", "0"]
+    message = "cannot be written (Read-only file system); choose another folder"
+    assert Path(f"{script}.read_only").read_text().splitlines()[-1].endswith(message)
     (line,) = [
         text for text in Path(f"{script}.stderr").read_text().splitlines() if "dro_jax" in text
     ]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 from benches import make_bench
-from equivalence import METHODS, history, packed_batch
+from equivalence import METHODS, OPTIMIZERS, history, packed_batch
 
 from dro_jax.training import processes
 
@@ -18,7 +18,7 @@ def main(port: str, number: str, output: str) -> None:
     processes.start(f"localhost:{port}", 2, int(number))
     assert (jax.process_count(), jax.local_device_count(), jax.device_count()) == (2, 4, 8)
     found = {
-        method: history(make_bench((2, 2, 2), METHODS[method]), packed_batch)
+        method: history(make_bench((2, 2, 2), METHODS[method], OPTIMIZERS["descent"]), packed_batch)
         for method in ("dro_v", "dro_p", "kto")
     }
     Path(output).write_text(json.dumps(found))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from equivalence import METHODS, history, packed_batch
+from equivalence import METHODS, OPTIMIZERS, history, packed_batch
 
 DEEP = {"num_encoder_layers": 2, "num_decoder_layers": 2}
 
@@ -19,9 +19,9 @@ DEEP = {"num_encoder_layers": 2, "num_decoder_layers": 2}
 def trained(bench, make_batch):
     """The history of a method on a mesh."""
 
-    def train(method, sizes=(1, 1, 1), packed=True, microbatches=1, **config):
+    def train(method, sizes=(1, 1, 1), packed=True, microbatches=1, optimizer="descent", **config):
         config = dataclasses.replace(bench().config, **config)
-        one = bench(sizes, METHODS[method], config=config)
+        one = bench(sizes, METHODS[method], OPTIMIZERS[optimizer], config)
         return history(one, packed_batch if packed else make_batch, microbatches)
 
     return train
@@ -59,7 +59,8 @@ MESHES = [(8, 1, 1), (1, 8, 1), (2, 2, 2), (1, 1, 8)]
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 @pytest.mark.parametrize("method", ["dro_v", "dro_p", "kto"])
 def test_eight_devices_train_as_one_does(method, sizes, trained, plain):
-    assert_same(trained(method, sizes), plain(method))
+    optimizer = "adafactor" if method == "dro_v" else "descent"
+    assert_same(trained(method, sizes, optimizer=optimizer), plain(method, optimizer=optimizer))
 
 
 def test_unpacked_rows_on_eight_devices_train_as_on_one(trained, plain):
@@ -81,7 +82,7 @@ def test_microbatches_on_eight_devices_train_as_the_whole_batch_on_one(trained, 
 
 @pytest.mark.parametrize(
     ("scan_layers", "remat"),
-    [(False, "dots"), (False, "full"), (True, "none"), (True, "dots"), (True, "full")],
+    [(False, "dots"), (True, "none"), (True, "full")],
 )
 def test_scanned_and_rematerialised_layers_train_as_unrolled_ones(
     scan_layers, remat, trained, plain
@@ -95,7 +96,7 @@ def test_scanned_layers_on_eight_devices_train_as_unrolled_ones_on_one(trained, 
     assert_same(got, plain("dro_v", **DEEP))
 
 
-def test_two_processes_of_four_devices_train_as_one_of_eight(trained, tmp_path):
+def test_two_processes_of_four_devices_train_as_one(plain, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -113,4 +114,4 @@ def test_two_processes_of_four_devices_train_as_one_of_eight(trained, tmp_path):
     assert found[0] == found[1]
     assert set(found[0]) == {"dro_v", "dro_p", "kto"}
     for method, got in found[0].items():
-        assert_same(got, trained(method, (2, 2, 2)))
+        assert_same(got, plain(method))

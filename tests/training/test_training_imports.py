@@ -4,7 +4,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-MODULES = ["algorithms", "checkpoints", "loop", "optimizers", "partitioning", "step", "train_state"]
+MODULES = [
+    "algorithms",
+    "checkpoints",
+    "loop",
+    "optimizers",
+    "partitioning",
+    "processes",
+    "step",
+    "train_state",
+]
 HEAVY = ["clu", "gin", "seqio", "t5x", "tensorflow", "tensorflow_datasets", "torch", "transformers"]
 
 
