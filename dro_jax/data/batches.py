@@ -11,6 +11,7 @@ import seqio
 import tensorflow as tf
 
 from dro_jax.data.packing import WINDOW, Batch, Example, fill_rows, pack, text_lengths
+from dro_jax.data.prefetching import prefetched
 from dro_jax.errors import UsageError
 
 Row = list[Example]
@@ -20,20 +21,12 @@ Row = list[Example]
 class Position:
     """Where the endless stream of training rows goes on: a row of a window of an epoch.
 
-    It is of the whole stream, whatever part of it each process is given.
+    It is of the whole stream, however many processes train on it.
     """
 
     epoch: int = 0
     window: int = 0
     row: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Share:
-    """Which part of every batch a process is given: the `index`-th of `count` equal ones."""
-
-    index: int = 0
-    count: int = 1
 
 
 def train_batches(
@@ -44,9 +37,8 @@ def train_batches(
     seed: int,
     max_examples: int = 1,
     start: Position = Position(),
-    share: Share = Share(),
 ) -> Iterator[tuple[Batch, Position]]:
-    """Returns an endless iterator over shuffled batches of the training split.
+    """Returns an endless iterator over shuffled batches of the training split, made ahead in a thread.
 
     Every epoch shows each example exactly once, in an order of its own that follows from the seed;
     a batch may span two epochs. Shapes and dtypes are design.md's batch contract.
@@ -62,20 +54,21 @@ def train_batches(
         seed: of the order.
         max_examples: the most examples a row holds; 1 is unpacked.
         start: where an earlier run got to.
-        share: this process's part.
 
     Yields:
-        This process's rows of a batch, and where the batch after it starts.
+        A batch, the same in every process, and where the batch after it starts.
 
     Raises:
         UsageError: while iterating, when the task has no training example.
     """
     rows = _train_rows(task, lengths, seed, max_examples, start)
-    size = batch_size // share.count
-    mine = slice(share.index * size, (share.index + 1) * size)
-    while True:
-        batch, positions = zip(*itertools.islice(rows, batch_size), strict=True)
-        yield fill_rows(batch[mine], lengths=lengths, max_examples=max_examples), positions[-1]
+
+    def batches() -> Iterator[tuple[Batch, Position]]:
+        while True:
+            batch, positions = zip(*itertools.islice(rows, batch_size), strict=True)
+            yield fill_rows(batch, lengths=lengths, max_examples=max_examples), positions[-1]
+
+    return prefetched(batches())
 
 
 def evaluation_batches(
@@ -85,7 +78,6 @@ def evaluation_batches(
     lengths: Mapping[str, int],
     batch_size: int,
     max_examples: int = 1,
-    share: Share = Share(),
 ) -> Iterator[Batch]:
     """Returns one pass over a split, in file order where it is not packed, in batches of one size.
 
@@ -96,14 +88,10 @@ def evaluation_batches(
         pack_window(window, lengths, max_examples)
         for window in _readable(task, windows(_examples(task, split, lengths)))
     )
-    size = batch_size // share.count
     while batch := list(itertools.islice(rows, batch_size)):
         # An empty row has no shape of its own: the first one is never empty.
-        full = fill_rows(
-            [*batch, *[[]] * (batch_size - len(batch))], lengths=lengths, max_examples=max_examples
-        )
-        mine = slice(share.index * size, (share.index + 1) * size)
-        yield {name: array[mine] for name, array in full.items()}
+        full = [*batch, *[[]] * (batch_size - len(batch))]
+        yield fill_rows(full, lengths=lengths, max_examples=max_examples)
 
 
 def _train_rows(
@@ -157,9 +145,12 @@ def windows(examples: tf.data.Dataset, first: int = 0) -> Iterator[list[Example]
             window_size=2,
         )
     batched = examples.skip(first * WINDOW).ragged_batch(WINDOW).prefetch(1)
-    for window in batched.as_numpy_iterator():
+    # Closing a pipeline that TensorFlow tunes may take as long as it has run, up to a minute (2.21).
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    for window in batched.with_options(options).as_numpy_iterator():
         count = len(window["rewards"])
-        columns = {name: _split(feature, count) for name, feature in window.items()}
+        columns = {name: list(feature) for name, feature in window.items()}
         if ids := columns.pop("prompt_ids", None):
             # Pairs come first; what is left over of a prompt comes at the end of an epoch, alone.
             alone = (i for i in range(0, count, 2) if i + 1 == count or ids[i] != ids[i + 1])
@@ -180,14 +171,6 @@ def _readable(task: seqio.Task, found: Iterator[list[Example]]) -> Iterator[list
             f"{where}: cannot be read ({str(error).splitlines()[0][:200]}); a cache is made anew by deleting it "
             "and running `dro_jax cache`"
         ) from error
-
-
-def _split(
-    feature: tf.compat.v1.ragged.RaggedTensorValue | np.ndarray, count: int
-) -> list[np.ndarray]:
-    if isinstance(feature, np.ndarray):
-        return list(feature)
-    return np.split(feature.values, feature.row_splits[1:count])
 
 
 def _examples(

@@ -246,9 +246,19 @@ def _write_part(
     with tf.io.TFRecordWriter(str(partial)) as writer:
         for number, example in enumerate(examples):
             extra = {name: array[number : number + 1] for name, array in scores.items()}
-            record = seqio.utils.dict_to_tfexample({**example, **extra})
-            writer.write(record.SerializeToString())
+            writer.write(_record({**example, **extra}))
     partial.replace(path)
+
+
+def _record(example: Example) -> bytes:
+    """What SeqIO's dict_to_tfexample makes of an example, which takes it twenty times as long."""
+    features = {
+        name: tf.train.Feature(float_list=tf.train.FloatList(value=array))
+        if array.dtype.kind == "f"
+        else tf.train.Feature(int64_list=tf.train.Int64List(value=array))
+        for name, array in example.items()
+    }
+    return tf.train.Example(features=tf.train.Features(feature=features)).SerializeToString()
 
 
 def _join(shard: epath.Path, pieces: Sequence[epath.Path]) -> None:

@@ -3,10 +3,15 @@
 import itertools
 import json
 import os
+import subprocess
+import sys
+import threading
+import time
 
 import jax
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from dro_jax.data import batches, feedback, tasks
 from dro_jax.data.feedback import FeedbackFile, RewardStatistics
@@ -102,6 +107,56 @@ def test_in_memory_or_streamed_the_order_is_the_same(tmp_path):
 def test_fewer_rows_than_a_batch(tmp_path):
     rows = rows_of(take(make_task(tmp_path / "rows.jsonl", rows=3), 6, batch_size=8))
     assert all(sorted(rows[start : start + 3]) == [0, 1, 2] for start in range(0, 48, 3))
+
+
+def test_batches_are_made_in_a_thread_that_ends_with_them(task):
+    def threads():
+        return [t for t in threading.enumerate() if t.name.startswith("prefetched")]
+
+    opened = batches.train_batches(task, lengths=LENGTHS, batch_size=4, seed=0)
+    assert threads() == []
+    expected = take_positions(task, 3)
+    for (batch, position), (again, place) in zip(opened, expected, strict=False):
+        assert len(threads()) == 1
+        # The thread gets ahead; the place stays that of the batch in hand.
+        time.sleep(0.3)
+        assert position == place
+        jax.tree.map(np.testing.assert_array_equal, batch, again)
+    del opened
+    assert threads() == []
+
+
+def test_the_process_ends_with_batches_still_open(tmp_path):
+    make_task(tmp_path / "rows.jsonl")
+    code = f"""
+from dro_jax.data import batches, tasks
+from dro_jax.data.feedback import FeedbackFile, RewardStatistics
+from dro_jax.data.vocabulary import load_vocabulary
+task = tasks.feedback_task(
+    FeedbackFile({str(tmp_path / "rows.jsonl")!r}, 0.0),
+    vocabulary=load_vocabulary(None), statistics=RewardStatistics(0.0, 1.0),
+)
+opened = batches.train_batches(task, lengths={LENGTHS}, batch_size=4, seed=0)
+print(next(opened)[1].row)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "4\n"), done.stderr
+
+
+def test_an_abandoned_epoch_ends_at_once():
+    # A pipeline that TensorFlow tunes ends, one time in six, only when the tuner wakes up next: 1.2 s later here,
+    # and later the longer it has run.
+    examples = tf.data.Dataset.range(3000).map(
+        lambda i: {"rewards": tf.cast(i, tf.float32)[tf.newaxis]}, num_parallel_calls=2
+    )
+    opened = [batches.windows(examples) for _ in range(24)]
+    for windows in opened:
+        next(windows)
+    time.sleep(1.4)
+    begin = time.perf_counter()
+    for windows in opened:
+        windows.close()
+    assert time.perf_counter() - begin < 0.5
 
 
 def test_evaluation_is_one_pass_in_file_order_padded(task):

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from dro_jax.data import batches, feedback, packing, tasks
-from dro_jax.data.batches import Share
 from dro_jax.data.feedback import FeedbackFile, RewardStatistics
 from dro_jax.data.packing import fill_rows, pack, text_lengths
 from dro_jax.data.vocabulary import load_vocabulary
@@ -169,35 +168,12 @@ def test_every_position_goes_on_as_if_uninterrupted(task):
             jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
-def test_processes_share_a_batch_and_may_change_in_number(task):
-    whole = take(task, 24)
-    start, shown = batches.Position(), []
-    for steps, count in ((5, 1), (7, 2), (3, 4), (9, 1)):
-        parts = [take(task, steps, start=start, share=Share(i, count)) for i in range(count)]
-        for step in range(steps):
-            positions = {part[step][1] for part in parts}
-            assert len(positions) == 1
-            together = [part[step][0] for part in parts]
-            shown.append(jax.tree.map(lambda *x: np.concatenate(x), *together))
-        start = positions.pop()
-    assert len(shown) == 24
-    for (before, _), after in zip(whole, shown, strict=True):
-        jax.tree.map(np.testing.assert_array_equal, before, after)
-    assert start == whole[-1][1]
-
-
 def test_packed_evaluation_is_one_pass(task):
     options = {"split": "train", "lengths": LENGTHS, "max_examples": 8, "batch_size": 6}
     one_pass = list(batches.evaluation_batches(task, **options))
     seen = [int(r) for b in one_pass for r in b["rewards"][b["reward_weights"] > 0]]
     assert sorted(seen) == list(range(ROWS))
     assert {batch["rewards"].shape for batch in one_pass} == {(6, 8)}
-    halves = [
-        list(batches.evaluation_batches(task, share=Share(i, 2), **options)) for i in range(2)
-    ]
-    for whole, *parts in zip(one_pass, *halves, strict=True):
-        together = jax.tree.map(lambda *x: np.concatenate(x), *parts)
-        jax.tree.map(np.testing.assert_array_equal, whole, together)
 
 
 def test_packing_needs_no_tensorflow():
