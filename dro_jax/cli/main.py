@@ -33,9 +33,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if parsed.command in ("train", "cache"):
             return _configured(parsed, bindings)
+        if parsed.command == "plan":
+            return _plan(parsed, bindings)
         if bindings:
             raise UsageError(
-                f"--gin.{bindings[0]}: only `dro_jax train` and `cache` take gin flags"
+                f"--gin.{bindings[0]}: only `dro_jax train`, `cache` and `plan` take gin flags"
             )
         commands = {"demo": _demo, "check": _check, "generate": _generate}
         return commands[parsed.command](parsed)
@@ -90,19 +92,22 @@ def _parser() -> argparse.ArgumentParser:
             "--gin.FEEDBACK_FILE=\"'my.jsonl'\" --gin.MODEL_DIR=\"'out'\" --gin.TRAIN_STEPS=1000. `cache` "
             "takes the command line of the run that it is for.",
         )
-        configured.add_argument(
-            "--gin_file",
-            action="append",
-            required=True,
-            help="a gin file, such as runs/dro_v_tiny.gin; repeatable",
-        )
-        configured.add_argument(
-            "--gin_search_paths",
-            action="append",
-            default=[],
-            help="a folder to look for gin files in; repeatable",
-        )
+        _add_gin_files(configured)
         _add_processes(configured)
+
+    plan = commands.add_parser(
+        "plan",
+        help="whether a run fits TPUs or GPUs that are not here, and how fast it can be",
+        epilog="Takes the command line of the run that it is for; FEEDBACK_FILE and MODEL_DIR need not be given. "
+        "Leaves with 0 where the run fits and 1 where it does not.",
+    )
+    _add_gin_files(plan)
+    machine = plan.add_mutually_exclusive_group(required=True)
+    machine.add_argument(
+        "--topology", help="a TPU slice such as v5e:4x4: the step is compiled for it (minutes)"
+    )
+    machine.add_argument("--gpus", help="GPUs, such as 8xH100: by arithmetic alone")
+    plan.add_argument("--json", action="store_true", help="all of it as JSON, on stdout")
 
     check = commands.add_parser(
         "check", help="what is in feedback files: rows, rewards, lengths, mistakes, and how to pack"
@@ -175,6 +180,21 @@ def _add_processes(train: argparse.ArgumentParser) -> None:
     train.add_argument("--process_id", type=int, help="elsewhere: which of them this is, from 0")
 
 
+def _add_gin_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gin_file",
+        action="append",
+        required=True,
+        help="a gin file, such as runs/dro_v_tiny.gin; repeatable",
+    )
+    parser.add_argument(
+        "--gin_search_paths",
+        action="append",
+        default=[],
+        help="a folder to look for gin files in; repeatable",
+    )
+
+
 def _split_gin_bindings(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Separates `--gin.NAME=VALUE`, T5X's way of binding, from the flags that argparse knows."""
     plain, bindings = [], []
@@ -233,6 +253,16 @@ def _explain(error: Exception) -> str:
             "the weights over more devices (Partitioning.fsdp)"
         )
     return f"the devices stopped ({text}); the same command goes on from the last checkpoint"
+
+
+def _plan(parsed: argparse.Namespace, bindings: list[str]) -> int:
+    _start_console(logs_to_stderr=parsed.json)
+    from dro_jax.cli import configuration, plan
+
+    given = [*plan.PLACEHOLDERS, *bindings]
+    configuration.load(parsed.gin_file, given, parsed.gin_search_paths)
+    fits = plan.run(topology=parsed.topology, gpus=parsed.gpus, as_json=parsed.json)
+    return 0 if fits else EXIT_FAILED
 
 
 def _demo(parsed: argparse.Namespace) -> int:

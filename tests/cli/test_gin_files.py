@@ -82,6 +82,11 @@ def test_every_run_builds_its_parts(name):
     check_run()
 
 
+def test_the_rules_in_the_base_file_are_the_library_s():
+    configuration.load([BASE, "models/tiny.gin", "algorithms/dro_v.gin"], REQUIRED)
+    assert check_run()["rules"] == Partitioning()
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_algorithm_is_the_method_its_name_says(name):
     configuration.load([BASE, "models/tiny.gin", f"algorithms/{name}.gin"], REQUIRED)
@@ -259,7 +264,7 @@ def test_gin_flags_belong_to_train(command):
     result = command("demo", "--gin.TRAIN_STEPS=3")
     assert result.code == 2
     assert result.err.splitlines() == [
-        "dro_jax: --gin.TRAIN_STEPS = 3: only `dro_jax train` and `cache` take gin flags"
+        "dro_jax: --gin.TRAIN_STEPS = 3: only `dro_jax train`, `cache` and `plan` take gin flags"
     ]
 
 

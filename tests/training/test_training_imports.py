@@ -7,6 +7,9 @@ from pathlib import Path
 MODULES = [
     "algorithms",
     "checkpoints",
+    "chips",
+    "collectives",
+    "cost",
     "loop",
     "optimizers",
     "partitioning",
