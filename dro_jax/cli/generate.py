@@ -46,22 +46,39 @@ def load_policy(checkpoint: str) -> Policy:
     """
     directory, at = checkpoints.find(checkpoint)
     meta = checkpoints.read_meta(directory, at)
-    config = T5Config(
+    config = model_of(meta)
+    abstract = layout_of(config, has_value=False).abstract().policy
+    params = checkpoints.restore_policy(directory, at, abstract, {})
+    vocabulary = load_vocabulary(vocabulary_file_of(directory, meta))
+    return Policy(config, params, vocabulary, meta["lengths"])
+
+
+def model_of(meta: checkpoints.Meta) -> T5Config:
+    """The model that a checkpoint's facts describe."""
+    return T5Config(
         **meta["model"] | {"mlp_activations": tuple(meta["model"]["mlp_activations"])},
         dtype=meta["dtype"],
         reserved_entry=meta["reserved_entry"],
     )
-    abstract = layout_of(config, has_value=False).abstract().policy
-    params = checkpoints.restore_policy(directory, at, abstract, {})
-    vocabulary_file = None
-    if meta["vocabulary"] != "bytes":
-        # A reference lies one folder below the run that its vocabulary belongs to.
-        places = [directory / VOCABULARY, directory.parent / VOCABULARY]
-        vocabulary_file = str(next((p for p in places if p.exists()), places[0]))
-        checkpoints.check_meta(
-            epath.Path(vocabulary_file), meta, {"vocabulary": vocabulary_digest(vocabulary_file)}
-        )
-    return Policy(config, params, load_vocabulary(vocabulary_file), meta["lengths"])
+
+
+def vocabulary_file_of(directory: epath.Path, meta: checkpoints.Meta) -> str | None:
+    """The SentencePiece model that a checkpoint belongs to, None for bytes.
+
+    Args:
+      directory: folder of the checkpoint.
+      meta: its facts.
+
+    Raises:
+      UsageError: if it is not there, or is another.
+    """
+    if meta["vocabulary"] == "bytes":
+        return None
+    # A reference lies one folder below the run that its vocabulary belongs to.
+    places = [directory / VOCABULARY, directory.parent / VOCABULARY]
+    path = next((p for p in places if p.exists()), places[0])
+    checkpoints.check_meta(path, meta, {"vocabulary": vocabulary_digest(str(path))})
+    return str(path)
 
 
 def layout_of(config: T5Config, *, has_value: bool) -> train_state.Layout:

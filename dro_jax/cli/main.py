@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UsageError(
                 f"--gin.{bindings[0]}: only `dro_jax train`, `cache` and `plan` take gin flags"
             )
-        commands = {"demo": _demo, "check": _check, "generate": _generate}
+        commands = {"demo": _demo, "check": _check, "generate": _generate, "convert": _convert}
         return commands[parsed.command](parsed)
     except (UsageError, DivergenceError) as error:
         # Gin adds lines about the call that raised it.
@@ -164,6 +164,21 @@ def _parser() -> argparse.ArgumentParser:
         default=32,
         help="prompts at a time; changes no text (default: %(default)s)",
     )
+
+    convert = commands.add_parser(
+        "convert",
+        help="a Hugging Face T5 to start from, or a run for Hugging Face transformers",
+        epilog="A Hugging Face model becomes a folder for INIT_CHECKPOINT with a gin file; a run becomes a folder for "
+        "AutoModelForSeq2SeqLM, its value network beside it. Which way follows from what --from is.",
+    )
+    convert.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        help="config.json with safetensors, a model on the hub such as google/flan-t5-small, MODEL_DIR of a run, "
+        "or one checkpoint_<step> in it",
+    )
+    convert.add_argument("--to", dest="target", required=True, help="a folder, new or empty")
     return parser
 
 
@@ -323,6 +338,14 @@ def _generate(parsed: argparse.Namespace) -> int:
         seed=parsed.seed,
         batch_size=parsed.batch_size,
     )
+    return 0
+
+
+def _convert(parsed: argparse.Namespace) -> int:
+    _start_console()
+    from dro_jax.cli import convert
+
+    convert.run(parsed.source, parsed.target)
     return 0
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
+from jax.sharding import NamedSharding
 from rich.table import Table
 
 from dro_jax.cli import configuration, train
@@ -30,9 +31,10 @@ from dro_jax.training.optimizers import Adafactor
 PLACEHOLDERS = ("FEEDBACK_FILE = 'feedback.jsonl'", "MODEL_DIR = 'out'")
 """What `train` must be given and a plan does not look at: bindings that come before a person's own."""
 
-# libtpu would ask what machine it runs on, wait for an answer, and write a log. It compiles for any slice, whatever
-# accelerator it is told that this is.
+# libtpu would ask what machine it runs on and wait for an answer, lock the machine's TPU, and write a log. It compiles
+# for any slice, whatever accelerator it is told that this is.
 _NO_TPU_HERE = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-16",
     "TPU_WORKER_HOSTNAMES": "localhost",
@@ -216,7 +218,7 @@ def make_plan(run: Run, machine: Machine, *, compiled: bool) -> Plan:
         memory=memory,
         usable=machine.chip.memory,
         first_over=first_over,
-        change=None if first_over is None else find_change(run, machine, scale),
+        change=None if first_over is None else find_change(run, machine, layout, scale),
         collectives=sent,
         flops=flops,
         seconds={
@@ -298,26 +300,44 @@ def some_batch(work: cost.Workload) -> dict[str, np.ndarray]:
     )
 
 
-def find_change(run: Run, machine: Machine, scale: float) -> str | None:
+def find_change(run: Run, machine: Machine, layout: train_state.Layout, scale: float) -> str | None:
     """Looks for what would make a run fit that does not.
 
     Args:
       run: the run.
       machine: the machine.
+      layout: of the run on it.
       scale: its temporaries, as a multiple of those by arithmetic.
 
     Returns:
       The flags that cost least time, or a larger number of chips, with what they should come to; None where 64 times
       as many would not do.
     """
+
+    def needed(changed: Run, count: int) -> float:
+        try:
+            moved = _on_other_mesh(layout, changed, count)
+            state = cost.state_bytes(moved, reference=changed.work.reference)
+        # Neither mesh and batch nor mesh and weights need to divide.
+        except (UsageError, ValueError):
+            return math.inf
+        return sum(state.values()) + scale * sum(cost.temporary_bytes(changed.work, moved).values())
+
     for count in (machine.chips * 2**n for n in range(7)):
         for flags, changed in _changes(run):
-            needed = _needed(changed, count, scale)
-            if needed <= machine.chip.memory:
+            if (size := needed(changed, count)) <= machine.chip.memory:
                 more = f"{count} chips" if count > machine.chips else ""
                 what = " with ".join(part for part in (more, flags) if part)
-                return f"{what} (about {needed / GIB:.2f} GiB)"
+                return f"{what} (about {_size(size)})"
     return None
+
+
+def _on_other_mesh(layout: train_state.Layout, run: Run, count: int) -> train_state.Layout:
+    """The layout of a run on so many chips, from one on others: to make one takes seconds."""
+    mesh = run.rules.mesh(_stand_ins(count))
+    partitioning.check_batch_size(run.work.rows, mesh, run.rules, run.work.microbatches)
+    shardings = jax.tree.map(lambda old: NamedSharding(mesh, old.spec), layout.shardings)
+    return dataclasses.replace(layout, mesh=mesh, shardings=shardings)
 
 
 _Change = tuple[str, dict[str, Any], dict[str, Any]]
@@ -354,17 +374,6 @@ def _changes(run: Run) -> Iterator[tuple[str, Run]]:
                 rules=dataclasses.replace(rules, **of_rules),
             ),
         )
-
-
-def _needed(run: Run, count: int, scale: float) -> float:
-    """Bytes of each of so many chips by arithmetic; infinite where mesh or batch do not fit them."""
-    try:
-        layout = run.layout(_stand_ins(count))
-    except UsageError:
-        return math.inf
-    state = cost.state_bytes(layout, reference=run.work.reference)
-    temporary = cost.temporary_bytes(run.work, layout)
-    return sum(state.values()) + scale * sum(temporary.values())
 
 
 def _tpu_devices(machine: Machine) -> Sequence[jax.Device]:

@@ -213,23 +213,22 @@ def temporary_bytes(work: Workload, layout: Layout) -> dict[str, float]:
     trained, frozen = _trained(layout), _weights(layout, "policy") if work.reference else []
     held = sum(weight.held for weight in trained)
     rows = work.rows / work.microbatches / parts.rows
-    layers = [weight for weight in trained if weight.in_a_layer]
+    arrived = sum(weight.gathered - weight.held for weight in trained if weight.in_a_layer)
+    if config.remat != "none":
+        # Two layers at a time; what is not computed again was multiplied with whole weights, which are kept.
+        arrived *= 2 / (config.num_encoder_layers + config.num_decoder_layers)
     tables = [weight for weight in _weights(layout, "policy") if not weight.in_a_layer]
-    depth = config.num_encoder_layers + config.num_decoder_layers
-    # What is not computed again was multiplied with whole weights, which are kept.
-    gathered = sum(weight.gathered for weight in layers)
-    gathered /= 1 if config.remat == "none" else depth / 2
-    one_layer = dataclasses.replace(config, num_encoder_layers=1, num_decoder_layers=1)
+    arrived += 2 * sum(weight.gathered - weight.held for weight in tables)
+    layer = max(_kept_by_layer(config, parts, work.inputs, work.targets, "none"))
     scores = config.num_heads / parts.heads * (work.inputs**2 + work.targets**2)
     return {
         "gradients": 4 * held * (2 if work.microbatches > 1 else 1),
         "weights in the compute type": _item(config)
         * (held + sum(weight.held for weight in frozen)),
-        "weights gathered": _item(config)
-        * (gathered + 2 * sum(weight.gathered for weight in tables)),
+        "weights gathered": _item(config) * arrived,
         "kept for the backward pass": rows * _kept_by_step(work, parts),
         "logits and their gradient": rows * 2 * _logits(work, parts),
-        "within a layer": rows * 2 * _kept(one_layer, parts, work.inputs, work.targets, "none"),
+        "within a layer": rows * 2 * layer,
         "relative biases and gradients": 2 * 4 * scores * (3 if work.value_positions else 2),
     }
 
@@ -247,7 +246,7 @@ def touched_bytes(work: Workload, layout: Layout) -> float:
         2 * sum(state.values())
         - state["reference"]
         + 2 * 4 * sum(weight.held for weight in _trained(layout))
-        + 2 * item * sum(weight.gathered for weight in _passes(work, layout))
+        + item * sum(2 * weight.gathered - weight.held for weight in _passes(work, layout))
         + 2 * rows * _kept_by_step(work, parts)
         # Written and read by the policy's loss, read for their gradient, that written and read for two products.
         + rows * _logits(work, parts) * (6 + 2 * work.reference)
@@ -360,6 +359,14 @@ def _kept_by_step(work: Workload, parts: _Parts) -> float:
 
 def _kept(config: T5Config, parts: _Parts, inputs: int, targets: int, remat: str) -> float:
     """Bytes a row that the layers of an encoder and a decoder keep for their backward pass."""
+    encoder, decoder = _kept_by_layer(config, parts, inputs, targets, remat)
+    return config.num_encoder_layers * encoder + config.num_decoder_layers * decoder
+
+
+def _kept_by_layer(
+    config: T5Config, parts: _Parts, inputs: int, targets: int, remat: str
+) -> tuple[float, float]:
+    """Bytes a row that a layer of an encoder and one of a decoder keep."""
     item, width = _item(config), config.emb_dim
     heads = config.num_heads / parts.heads
     attended = heads * config.head_dim
@@ -377,7 +384,7 @@ def _kept(config: T5Config, parts: _Parts, inputs: int, targets: int, remat: str
         encoder = inputs * (4 * width + 4 * attended + 2 * hidden + scores * inputs)
         decoder = targets * (6 * width + 6 * attended + 2 * hidden + scores * (targets + inputs))
         decoder += inputs * 2 * attended
-    return item * (config.num_encoder_layers * encoder + config.num_decoder_layers * decoder)
+    return item * encoder, item * decoder
 
 
 def _summed(config: T5Config, inputs: int, targets: int) -> float:

@@ -98,7 +98,7 @@ def build(case: dict, rng: np.random.Generator) -> tuple[T5ForConditionalGenerat
     """The model, and its weights by name (the untied output layer among them)."""
     encoder_layers, decoder_layers = case["depths"]
     config = T5Config(
-        vocab_size=VOCAB_SIZE,
+        vocab_size=case.get("vocab_size", VOCAB_SIZE),
         num_layers=encoder_layers,
         num_decoder_layers=decoder_layers,
         dropout_rate=0.0,

@@ -1,7 +1,7 @@
 """Our T5 computes what Hugging Face transformers' does, on the golden files that make_golden.py wrote."""
 
+import dataclasses
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -12,72 +12,21 @@ import pytest
 from flax.core import meta
 from flax.traverse_util import unflatten_dict
 
+from dro_jax.interop import huggingface
 from dro_jax.networks import T5, T5Config, token_log_probs
 from dro_jax.networks.t5 import relative_position_bucket
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 TOLERANCE = 1e-5
 
-# Hugging Face's module names, in the order in which they are replaced, and ours.
-NAMES = [
-    (r"^shared\.weight$", "token_embedder/embedding"),
-    (r"^lm_head\.weight$", "decoder/logits_dense/kernel"),
-    (
-        r"block\.0\.layer\.0\.SelfAttention\.relative_attention_bias\.weight",
-        "relpos_bias/rel_embedding",
-    ),
-    (r"^(encoder|decoder)\.final_layer_norm\.weight$", r"\1/\1_norm/scale"),
-    (r"^(encoder|decoder)\.block\.(\d+)\.layer\.", r"\1/layers_\2/"),
-    (r"^(encoder/\w+)/0\.layer_norm\.weight$", r"\1/pre_attention_layer_norm/scale"),
-    (r"^(encoder/\w+)/1\.layer_norm\.weight$", r"\1/pre_mlp_layer_norm/scale"),
-    (r"^(decoder/\w+)/0\.layer_norm\.weight$", r"\1/pre_self_attention_layer_norm/scale"),
-    (r"^(decoder/\w+)/1\.layer_norm\.weight$", r"\1/pre_cross_attention_layer_norm/scale"),
-    (r"^(decoder/\w+)/2\.layer_norm\.weight$", r"\1/pre_mlp_layer_norm/scale"),
-    (r"^(encoder/\w+)/0\.SelfAttention", r"\1/attention"),
-    (r"^(decoder/\w+)/0\.SelfAttention", r"\1/self_attention"),
-    (r"^(decoder/\w+)/1\.EncDecAttention", r"\1/encoder_decoder_attention"),
-    (r"\d\.DenseReluDense\.(\w+)\.weight", r"mlp/\1/kernel"),
-    (r"\.q\.weight$", "/query/kernel"),
-    (r"\.k\.weight$", "/key/kernel"),
-    (r"\.v\.weight$", "/value/kernel"),
-    (r"\.o\.weight$", "/out/kernel"),
-    (r"^(encoder|decoder)\.relpos", r"\1/relpos"),
-]
 
-
-def our_name(name: str) -> str:
-    for pattern, replacement in NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def our_params(golden: Any) -> Any:
-    """Kernels are [in, out] here and [out, in] there; the relative bias is [heads, buckets] here."""
+def our_params(golden: Any, config: T5Config) -> Any:
+    """The weights of a golden file in our tree."""
     params = {}
-    for key in golden:
-        if key.startswith("weight/"):
-            name = our_name(key.removeprefix("weight/"))
-            transposed = name.endswith(("kernel", "rel_embedding"))
-            params[tuple(name.split("/"))] = golden[key].T if transposed else golden[key]
-    return jax.tree.map(jnp.asarray, unflatten_dict(params))
-
-
-def our_config(theirs: dict[str, Any]) -> T5Config:
-    gated = theirs["feed_forward_proj"] == "gated-gelu"
-    return T5Config(
-        vocab_size=theirs["vocab_size"],
-        emb_dim=theirs["d_model"],
-        num_heads=theirs["num_heads"],
-        head_dim=theirs["d_kv"],
-        mlp_dim=theirs["d_ff"],
-        num_encoder_layers=theirs["num_layers"],
-        num_decoder_layers=theirs["num_decoder_layers"],
-        mlp_activations=("gelu", "linear") if gated else ("relu",),
-        logits_via_embedding=theirs["tie_word_embeddings"],
-        relative_buckets=theirs["relative_attention_num_buckets"],
-        relative_max_distance=theirs["relative_attention_max_distance"],
-        dtype="float32",
-    )
+    for ours, theirs in huggingface.parameter_names(config).items():
+        array = golden[f"weight/{theirs}"]
+        params[ours] = jnp.asarray(array.T if huggingface.is_transposed(ours) else array)
+    return unflatten_dict(params, sep="/")
 
 
 def assert_close(ours: Any, theirs: Any) -> None:
@@ -93,8 +42,10 @@ class Case:
     def __init__(self, path: Path) -> None:
         with np.load(path) as file:
             self.golden = dict(file)
-        self.module = T5(our_config(json.loads(str(self.golden["about"]))["config"]))
-        self.params = our_params(self.golden)
+        theirs = json.loads(str(self.golden["about"]))["config"]
+        config = dataclasses.replace(huggingface.model_config(theirs), dtype="float32")
+        self.module = T5(config)
+        self.params = our_params(self.golden, config)
         self.prompts = jnp.asarray(self.golden["encoder_tokens"], jnp.int32)
         self.decoder_tokens = jnp.asarray(self.golden["decoder_tokens"], jnp.int32)
         self.steps = max(self.golden["greedy"].shape[1], min(self.decoder_tokens.shape[1], 30))
@@ -153,6 +104,8 @@ def test_every_weight_has_one_place_in_our_tree(case):
     inputs = (case.prompts, case.decoder_tokens)
     expected = jax.eval_shape(case.module.init, jax.random.key(0), *inputs)["params"]
     assert jax.tree.map(jnp.shape, case.params) == jax.tree.map(jnp.shape, meta.unbox(expected))
+    names = huggingface.parameter_names(case.module.config).values()
+    assert {f"weight/{name}" for name in names} == {k for k in case.golden if "weight/" in k}
 
 
 def test_encoder_states_logits_and_label_log_probs_agree(case):

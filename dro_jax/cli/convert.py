@@ -1,0 +1,238 @@
+"""`dro_jax convert`: a Hugging Face model becomes a checkpoint that runs start from, and a run such a model."""
+
+import contextlib
+import dataclasses
+import logging
+import math
+import re
+from collections.abc import Iterator
+
+from etils import epath
+
+from dro_jax.cli.generate import model_of, vocabulary_file_of
+from dro_jax.cli.train import STATISTICS, VOCABULARY, vocabulary_digest
+from dro_jax.data.feedback import RewardStatistics
+from dro_jax.data.vocabulary import load_vocabulary
+from dro_jax.errors import UsageError
+from dro_jax.interop import hub, huggingface, stored_arrays, tokenizer_files
+from dro_jax.networks import T5Config
+from dro_jax.training import checkpoints
+
+logger = logging.getLogger(__name__)
+
+GIN_FILE = "model.gin"
+VALUE = "value"
+"""Names inside the folder that is written."""
+
+LENGTHS = {"inputs": 512, "targets": 512}
+"""At which T5 was trained and `runs/train.gin` cuts: what `dro_jax generate` takes for a model without a run."""
+
+_LARGE = 48
+"""Layers from which on the shipped models scan and rematerialise them."""
+
+
+def run(source: str, target: str) -> None:
+    """Converts one way or the other, by what the source is; see `dro_jax convert --help`.
+
+    Args:
+      source: a Hugging Face folder, a model's name on the hub, or a run's folder or one `checkpoint_<step>` in it.
+      target: folder to write; it must not hold anything yet.
+
+    Raises:
+      UsageError: if the source is neither or is damaged, or the target is taken. Nothing is left at the target.
+    """
+    folder, goal = epath.Path(source), epath.Path(target)
+    if goal.exists() and not (goal.is_dir() and not any(goal.iterdir())):
+        raise UsageError(
+            f"{target}: is there already; give a folder that is empty or does not exist"
+        )
+    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        folder = hub.download(source)
+    if not folder.is_dir():
+        raise UsageError(
+            f"{source}: no such folder; give a Hugging Face model, its name on the hub as in google/flan-t5-small, "
+            "or a run"
+        )
+    if (folder / huggingface.CONFIG).exists():
+        with _whole(goal) as partial:
+            import_model(folder, partial, goal)
+        return
+    try:
+        directory, step = checkpoints.find(folder)
+    except UsageError as error:
+        found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
+        raise UsageError(
+            f"{source}: neither a Hugging Face model ({huggingface.CONFIG} with {huggingface.WEIGHTS}) nor a run "
+            f"(checkpoint_<step>); found {found}"
+        ) from error
+    with _whole(goal) as partial:
+        export_run(directory, step, partial)
+    logger.info("%s: step %d of %s for transformers", target, step, directory)
+
+
+@contextlib.contextmanager
+def _whole(goal: epath.Path) -> Iterator[epath.Path]:
+    """A folder beside the goal that takes its place in the end, so that nothing half-written is ever there."""
+    partial = goal.parent / f"{goal.name}.partial"
+    try:
+        if partial.exists():
+            partial.rmtree()
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(
+            f"{goal}: cannot be written ({error.strerror or error}); choose another folder"
+        ) from error
+    try:
+        yield partial
+        if goal.exists():
+            goal.rmdir()
+        partial.rename(goal)
+    except BaseException:
+        partial.rmtree(missing_ok=True)
+        raise
+
+
+def import_model(folder: epath.Path, directory: epath.Path, goal: epath.Path) -> None:
+    """Writes a Hugging Face model as a run's folder that has taken no step yet.
+
+    Args:
+      folder: config.json, safetensors and tokeniser.
+      directory: where to.
+      goal: what `directory` will be called, for the gin file.
+
+    Raises:
+      UsageError: if a file is missing or damaged, or the model is not a T5.
+    """
+    theirs = huggingface.read_config(folder)
+    config = huggingface.model_config(theirs, folder / huggingface.CONFIG)
+    arrays = huggingface.open_model(folder, config)
+    vocabulary_file = tokenizer_files.find_vocabulary(folder, theirs)
+    meta: checkpoints.Meta = {
+        "model": config.architecture(),
+        "reserved_entry": False,
+        "vocabulary": vocabulary_digest(vocabulary_file),
+        "algorithm": "imported",
+        "dtype": config.dtype,
+        "lengths": LENGTHS,
+        # Exported again, the model keeps what its file says beside the architecture.
+        "huggingface": theirs,
+    }
+    stored_arrays.save_policy(directory, arrays, meta)
+    if vocabulary_file is not None:
+        epath.Path(vocabulary_file).copy(directory / VOCABULARY)
+    (directory / GIN_FILE).write_text(gin_file(config, goal, vocabulary_file is not None))
+    count = sum(math.prod(array.shape) for array in arrays.values())
+    logger.info("%s: %.4g million parameters of %s", goal, count / 1e6, folder)
+    logger.info(
+        "train it by: dro_jax train --gin_file=runs/train.gin --gin_file=%s --gin_file=algorithms/dro_v.gin …",
+        goal / GIN_FILE,
+    )
+
+
+def gin_file(config: T5Config, directory: epath.Path, has_vocabulary: bool) -> str:
+    """A gin file that binds a model, its vocabulary and its weights, for any run to include.
+
+    Args:
+      config: the model.
+      directory: where its checkpoint is.
+      has_vocabulary: whether `VOCABULARY` lies beside it.
+    """
+    large = config.num_encoder_layers + config.num_decoder_layers >= _LARGE
+    config = dataclasses.replace(config, scan_layers=large, remat="dots" if large else "none")
+    fields = {k: v for k, v in vars(config).items() if k != "reserved_entry"}
+    where = str(directory) if "://" in str(directory) else str(directory.absolute())
+    return "\n".join(
+        (
+            "# Made by `dro_jax convert`: a model to start from. Comes after the run's file.",
+            "from __gin__ import dynamic_registration",
+            "",
+            "from dro_jax.networks import t5",
+            "",
+            f"INIT_CHECKPOINT = {where!r}",
+            f"VOCABULARY_FILE = {f'{where}/{VOCABULARY}' if has_vocabulary else None!r}",
+            "MODEL = @t5.T5Config()",
+            "",
+            "t5.T5Config:",
+            *(f"  {name} = {value!r}" for name, value in fields.items()),
+            "",
+        )
+    )
+
+
+def export_run(directory: epath.Path, step: int, folder: epath.Path) -> None:
+    """Writes the policy of a checkpoint, and its value network, for transformers.
+
+    Args:
+      directory: of the checkpoint.
+      step: its step.
+      folder: where to: the policy here, the value network in `VALUE`.
+
+    Raises:
+      UsageError: if the checkpoint is damaged or its vocabulary is gone.
+    """
+    meta = checkpoints.read_meta(directory, step)
+    config = model_of(meta)
+    vocabulary_file = vocabulary_file_of(directory, meta)
+    eos_id = load_vocabulary(vocabulary_file).eos_id
+    described = meta.get("huggingface")
+    if described is None:
+        described = huggingface.config_json(config, eos_id=eos_id)
+    # The weights are, whatever they were imported from.
+    described |= {name: "float32" for name in ("dtype", "torch_dtype") if name in described}
+    generation = {
+        "pad_token_id": 0,
+        "eos_token_id": eos_id,
+        "decoder_start_token_id": 0,
+        "max_new_tokens": meta["lengths"]["targets"],
+    }
+    if config.reserved_entry:
+        # Its logit is the value, not a token's.
+        generation["suppress_tokens"] = [config.vocab_size - 1]
+    if config.num_decoder_layers > config.num_encoder_layers:
+        # transformers' cache takes the decoder to be as deep as the encoder.
+        generation["use_cache"] = False
+    huggingface.write_json(folder / huggingface.CONFIG, described)
+    huggingface.write_json(folder / "generation_config.json", generation)
+    tokenizer_files.write_tokenizer(folder, vocabulary_file)
+    _export_item(directory, step, folder, config, value=False)
+    if "value" in meta["checksums"]:
+        (folder / VALUE).mkdir()
+        described = described | {"architectures": ["T5Model"]}
+        huggingface.write_json(folder / VALUE / huggingface.CONFIG, described)
+        _export_item(directory, step, folder / VALUE, config, value=True)
+        (folder / VALUE / "README.md").write_text(_about_value(config, directory))
+
+
+def _export_item(
+    directory: epath.Path, step: int, folder: epath.Path, config: T5Config, *, value: bool
+) -> None:
+    shapes = huggingface.shapes(config, value=value)
+    item = "value" if value else "policy"
+    arrays = stored_arrays.of_checkpoint(directory, step, item, shapes)
+    names = huggingface.parameter_names(config, value=value)
+    huggingface.write_model(folder, arrays, names)
+
+
+def _about_value(config: T5Config, directory: epath.Path) -> str:
+    units = "the run's normalised reward"
+    if (directory / STATISTICS).exists():
+        statistics = RewardStatistics.load_json(directory / STATISTICS)
+        units += f": reward = {statistics.mean!r} + {statistics.std!r} * V"
+    return f"""# Value network V(x)
+
+The T5 in this folder without logits, and a linear head on the decoder's state at the start token 0:
+`value_head.weight` [1, {config.emb_dim}] and `value_head.bias` [1]. Its unit is {units}.
+
+```python
+import torch
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, T5Model
+
+model = T5Model.from_pretrained("value")
+head = load_file("value/model.safetensors")
+prompts = AutoTokenizer.from_pretrained(".")(["a prompt"], return_tensors="pt", padding=True)
+start = torch.zeros(len(prompts.input_ids), 1, dtype=torch.long)
+state = model(**prompts, decoder_input_ids=start).last_hidden_state[:, 0]
+value = state @ head["value_head.weight"].T + head["value_head.bias"]
+```
+"""
