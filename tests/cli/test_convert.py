@@ -98,7 +98,7 @@ def test_generate_on_what_was_imported(converted, command, tmp_path):
 
 @pytest.fixture(scope="module")
 def aligned(command, feedback_file, tmp_path_factory):
-    """Two steps of DRO-V from an imported model: the imported folder, and the run's."""
+    """Three steps of DRO-V from an imported model: the imported folder, and the run's."""
     folder = tmp_path_factory.mktemp("aligned")
     source = f"--from={GOLDEN / 'v1_1'}"
     assert command("convert", source, f"--to={folder / 'imported'}").code == 0
@@ -107,7 +107,7 @@ def aligned(command, feedback_file, tmp_path_factory):
         "MODEL_DIR": str(folder / "run"),
         "TASK_FEATURE_LENGTHS": {"inputs": 12, "targets": 7},
         "BATCH_SIZE": 8,
-        "TRAIN_STEPS": 2,
+        "TRAIN_STEPS": 3,
         "loop.Periods.checkpoint": 1,
         "POLICY_LEARNING_RATE": 1e-2,
         "VALUE_LEARNING_RATE": 1e-2,
@@ -131,7 +131,7 @@ def test_the_reference_is_what_was_imported(aligned):
     ]
     assert sums[0] == sums[1]
     # What was learnt, and neither file nor flag of the run, is another.
-    assert checkpoints.read_meta(aligned / "run", 2)["checksums"]["policy"] != sums[0]
+    assert checkpoints.read_meta(aligned / "run", 3)["checksums"]["policy"] != sums[0]
     digest = checkpoints.read_meta(aligned / "imported", 0)["vocabulary"]
     assert digest.startswith("sentencepiece:")
 
@@ -193,23 +193,23 @@ def test_a_run_comes_back_with_its_value_network(aligned, converted):
     again = converted(back, "again")
     sums = [
         checkpoints.read_meta(folder, step)["checksums"]["policy"]
-        for folder, step in ((aligned / "run", 2), (again, 0))
+        for folder, step in ((aligned / "run", 3), (again, 0))
     ]
     assert sums[0] == sums[1]
 
 
 def test_one_checkpoint_or_the_reference_of_a_run(aligned, converted):
     run = aligned / "run"
-    newest, second, first, reference = (
+    newest, third, second, reference = (
         tensors(converted(source, f"of {number}"))
         for number, source in enumerate(
-            (run, run / "checkpoint_2", run / "checkpoint_1", run / "reference")
+            (run, run / "checkpoint_3", run / "checkpoint_2", run / "reference")
         )
     )
     original = tensors(GOLDEN / "v1_1")
     assert all(reference[name].tobytes() == original[name].tobytes() for name in original)
-    assert all(newest[name].tobytes() == second[name].tobytes() for name in original)
-    tables = [found["shared.weight"].tobytes() for found in (reference, first, second)]
+    assert all(newest[name].tobytes() == third[name].tobytes() for name in original)
+    tables = [found["shared.weight"].tobytes() for found in (reference, second, third)]
     assert len(set(tables)) == 3
 
 
