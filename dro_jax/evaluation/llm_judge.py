@@ -265,6 +265,9 @@ class ReplyCache:
             self._database = sqlite3.connect(self._path, timeout=60, check_same_thread=False)
         try:
             with self._naming_the_file(), self._database:
+                ((health,),) = self._database.execute("PRAGMA quick_check(1)")
+                if health != "ok":
+                    raise sqlite3.DatabaseError(health)
                 self._database.execute(
                     "CREATE TABLE IF NOT EXISTS replies (question TEXT PRIMARY KEY, reply TEXT) WITHOUT ROWID"
                 )
@@ -294,8 +297,9 @@ class ReplyCache:
         try:
             yield
         except sqlite3.Error as error:
+            reason = " ".join(str(error).split())
             raise UsageError(
-                f"{self._path}: cannot be used to keep the judge's replies ({error}); give a file in a folder that "
+                f"{self._path}: cannot be used to keep the judge's replies ({reason}); give a file in a folder that "
                 "can be written, or move a damaged one away, whose replies are then asked for again"
             ) from error
 
@@ -425,8 +429,7 @@ class _Questions:
 
     def _delay(self, problem: _Unanswered, times: int) -> float:
         if problem.delay is not None:
-            # Who says 0 every time is not to be asked without a pause.
-            return max(problem.delay, self.judge.first_delay / 2)
+            return problem.delay
         longest = min(LONGEST_DELAY, self.judge.first_delay * 2 ** (times - 1))
         return random.uniform(longest / 2, longest)
 
@@ -503,7 +506,9 @@ def _content(body: bytes) -> str:
 
 def _refusal(endpoint: Endpoint, response: httpx.Response, body: bytes) -> Exception:
     """What to do about a response that is not of the 200s."""
-    status, said = response.status_code, endpoint.without_key(_error_message(body))
+    status = response.status_code
+    # Cut when the key is out of it: half a key is no key to look for.
+    said = endpoint.without_key(_error_message(body))[:200]
     answer = f"{status}: {said}" if said else str(status)
     if status == 429 and "insufficient_quota" not in body.decode("utf-8", "replace"):
         return _Unanswered("too many requests (429)", _retry_after(response), limited=True)
@@ -525,7 +530,7 @@ def _refusal(endpoint: Endpoint, response: httpx.Response, body: bytes) -> Excep
 
 
 def _error_message(body: bytes) -> str:
-    """What a server says is wrong: its JSON's message or else the body's beginning, as one printable line."""
+    """What a server says is wrong: its JSON's message or else the body, as one printable line."""
     text = body.decode("utf-8", "replace")
     with contextlib.suppress(ValueError, RecursionError):
         error: Any = json.loads(text)
@@ -534,20 +539,20 @@ def _error_message(body: bytes) -> str:
         if isinstance(error, dict):
             error = error.get("message", error)
         text = error if isinstance(error, str) else json.dumps(error)
-    return "".join(c for c in " ".join(text.split()) if c.isprintable())[:200]
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds that a server asks to wait, None where it does not say (or not intelligibly)."""
-    asked = response.headers.get("Retry-After", "")
-    if re.fullmatch(r"\d{1,9}(\.\d+)?", asked.strip()):
-        return float(asked)
-    then = _timestamp(asked)
-    if then is None:
-        return None
-    # By the server's own clock, where it shows one.
-    now = _timestamp(response.headers.get("Date", ""))
-    return max(0.0, then - (time.time() if now is None else now))
+    """Seconds that a server asks to wait, None where it asks for no wait (or not intelligibly)."""
+    asked = response.headers.get("Retry-After", "").strip()
+    seconds = 0.0
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", asked):
+        seconds = float(asked)
+    elif (then := _timestamp(asked)) is not None:
+        # By the server's own clock, where it shows one.
+        now = _timestamp(response.headers.get("Date", ""))
+        seconds = then - (time.time() if now is None else now)
+    return seconds if seconds > 0 else None
 
 
 def _timestamp(date: str) -> float | None:
