@@ -17,10 +17,11 @@ import os
 import random
 import re
 import sqlite3
+import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 import httpx
@@ -106,9 +107,11 @@ class Endpoint:
             )
         if not self.model.strip():
             raise UsageError("DRO_JAX_JUDGE_MODEL is empty: give the judge's name at the endpoint")
-        if not re.fullmatch(r"[!-~]*", self.key):
+        # Without what JSON would write otherwise, too.
+        if not re.fullmatch(r"[!#-\[\]-~]*", self.key):
             raise UsageError(
-                "OPENAI_API_KEY holds white space or characters that are not ASCII: give the key alone"
+                "OPENAI_API_KEY holds white space, quotation marks, backslashes or characters that are not ASCII: give "
+                "the key alone"
             )
 
     @property
@@ -202,9 +205,9 @@ class LlmJudge:
             concurrent.futures.wait((first, stopped), return_when="FIRST_COMPLETED")
             return (stopped if stopped.done() else first).result()
 
-        with contextlib.closing(ReplyCache(self.cache)) as replies, _event_loop() as loop:
+        with contextlib.closing(ReplyCache(self.cache)) as replies:
             questions = _Questions(self, replies, stopped)
-            try:
+            with _event_loop(questions.close) as loop:
                 for comparison in comparisons:
                     verdict = questions.verdict(comparison)
                     under_way.append(asyncio.run_coroutine_threadsafe(verdict, loop))
@@ -212,8 +215,6 @@ class LlmJudge:
                         yield next_verdict()
                 while under_way:
                     yield next_verdict()
-            finally:
-                asyncio.run_coroutine_threadsafe(questions.close(), loop).result()
 
 
 def check_template(template: str, where: str = "the judge's template") -> None:
@@ -386,6 +387,7 @@ class _Questions:
         kept = self.replies.get(key)
         if kept is not None:
             self.judge.usage.cached += 1
+            self.answered_once = True
             return kept
         if key not in self.under_way:
             self.under_way[key] = asyncio.ensure_future(self._pay(key, json.dumps(body)))
@@ -563,14 +565,19 @@ def _timestamp(date: str) -> float | None:
 
 
 @contextlib.contextmanager
-def _event_loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """An event loop in a thread of its own, so that callers may have one too."""
+def _event_loop(
+    close: Callable[[], Coroutine[Any, Any, None]],
+) -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop in a thread of its own, so that callers may have one too; `close` is the last it does."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="llm_judge", daemon=True)
     thread.start()
     try:
         yield loop
     finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+        # Where the program itself ends, the thread has ended already and would be waited for in vain.
+        if not sys.is_finalizing():
+            asyncio.run_coroutine_threadsafe(close(), loop).result()
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()

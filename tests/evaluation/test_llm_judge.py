@@ -348,6 +348,8 @@ def test_a_question_that_is_never_answered_is_given_up_and_the_others_judged(mak
         assert verdicts[3].reason == "given up: the server answered 500"
         # In one order; the other may not have come so far.
         assert 3 <= sum("Prompt 3?" in question for question in server.questions) <= 6
+        # Again the same, though there is nothing else to ask now.
+        assert list(make_judge(server, tries=3)(comparisons(9))) == verdicts
         # Nothing was paid for it, so that it is asked again.
         broken = False
         before = len(server.requests)
@@ -587,7 +589,7 @@ def test_a_key_that_stands_for_none_is_an_ordinary_word(make_judge):
     assert verdict.reason.startswith("A is none too good.\nVerdict: B")
 
 
-@pytest.mark.parametrize("key", [f"{KEY}\n", f"{KEY} ", f"{KEY}\u00e9", f"{KEY}\0"])
+@pytest.mark.parametrize("key", [f"{KEY}\n", f"{KEY} ", f"{KEY}\u00e9", f"{KEY}\0", f'"{KEY}"'])
 def test_a_key_that_cannot_be_sent_is_not_shown(make_judge, key):
     with pytest.raises(UsageError) as raised:
         make_judge("http://127.0.0.1:1/v1", key=key)
@@ -672,8 +674,8 @@ except KeyboardInterrupt:
 """
 
 
-def start(server, cache, count):
-    arguments = [sys.executable, "-c", PROGRAM, server.base_url, str(cache), str(count)]
+def start(server, cache, count, program=PROGRAM):
+    arguments = [sys.executable, "-c", program, server.base_url, str(cache), str(count)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     environment = os.environ | {"OPENAI_API_KEY": KEY}
     return subprocess.Popen(arguments, text=True, env=environment, **pipes)
@@ -790,6 +792,14 @@ def test_leaving_early_ends_everything(make_judge):
         assert "llm_judge" not in [thread.name for thread in threading.enumerate()]
         time.sleep(0.1)
         assert len(server.requests) <= seen + 3
+
+
+def test_a_program_may_end_in_the_middle(tmp_path):
+    program = PROGRAM.partition("try:")[0] + "verdicts = judge(comparisons)\nnext(verdicts)\n"
+    with serving(prefer_longer) as server:
+        process = start(server, tmp_path / "replies.sqlite", 100, program)
+        assert process.communicate(timeout=20) == ("", "")
+        assert process.returncode == 0
 
 
 # Templates.
