@@ -64,8 +64,8 @@ LONGEST_DELAY = 60.0
 SHORTEST_SECRET = 8
 """Characters. Shorter keys, such as "none", are for servers that do not look at them, and may be any word."""
 
-UNANSWERED_IN_A_ROW = 10
-"""Questions given up, one after the other, after which the endpoint is taken to be gone."""
+GIVEN_UP_IN_A_ROW = 16
+"""Questions without an answer, one after the other, after which the endpoint is taken to be out of order."""
 
 AHEAD = 4
 """Comparisons under way for each request that may be, so that a slow one does not hold up the others."""
@@ -306,12 +306,26 @@ class ReplyCache:
 
 
 class _Unanswered(Exception):
-    """A request that brought no reply and may be sent again; `delay` is what the server asks for, seconds."""
+    """A request that brought no reply and may be sent again.
 
-    def __init__(self, problem: str, delay: float | None = None, *, limited: bool = False) -> None:
+    Attributes:
+      delay: what the server asks for, seconds; None where it does not.
+      limited: it was one too many.
+      gone: there was nobody to send it to.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        delay: float | None = None,
+        *,
+        limited: bool = False,
+        gone: bool = False,
+    ) -> None:
         super().__init__(problem)
         self.delay = delay
         self.limited = limited
+        self.gone = gone
 
 
 class _GivenUpError(Exception):
@@ -387,7 +401,7 @@ class _Questions:
         kept = self.replies.get(key)
         if kept is not None:
             self.judge.usage.cached += 1
-            self.answered_once = True
+            self._answered()
             return kept
         if key not in self.under_way:
             self.under_way[key] = asyncio.ensure_future(self._pay(key, json.dumps(body)))
@@ -398,36 +412,37 @@ class _Questions:
         """Sends a question until it is answered, and keeps the reply."""
         judge, clock = self.judge, asyncio.get_running_loop().time
         faults, limits, held_up = 0, 0, 0.0
-        while True:
-            try:
-                async with self.slots:
-                    while (left := self.paused_until - clock()) > 0:
-                        await asyncio.sleep(left)
+        # Held between tries too: an endpoint in trouble is not asked other things meanwhile.
+        async with self.slots:
+            while True:
+                while (left := self.paused_until - clock()) > 0:
+                    await asyncio.sleep(left)
+                try:
                     reply = await self._send(body)
-            except _Unanswered as problem:
-                self._tell(problem)
-                limits += problem.limited
-                faults += not problem.limited
-                if faults == judge.tries:
-                    raise self._give_up(problem) from None
-                delay = self._delay(problem, limits if problem.limited else faults)
-                if problem.limited or problem.delay is not None:
-                    held_up += delay
-                if held_up > judge.patience:
-                    raise JudgeUnavailableError(
-                        f"{judge.endpoint.url}: {problem}, and asks to wait for longer than {judge.patience:g} s; "
-                        "what was answered is kept: run the same command later"
-                    ) from None
-                if problem.limited:
-                    # The limit is for all questions.
-                    self.paused_until = max(self.paused_until, clock() + delay)
-                else:
-                    await asyncio.sleep(delay)
-            else:
-                self.replies.put(key, reply)
-                judge.usage.replies += 1
-                self.answered_once, self.given_up = True, 0
-                return reply
+                    break
+                except _Unanswered as problem:
+                    self._tell(problem)
+                    limits += problem.limited
+                    faults += not problem.limited
+                    if faults == judge.tries:
+                        raise self._give_up(problem) from None
+                    delay = self._delay(problem, limits if problem.limited else faults)
+                    if problem.limited or problem.delay is not None:
+                        held_up += delay
+                    if held_up > judge.patience:
+                        raise JudgeUnavailableError(
+                            f"{judge.endpoint.url}: {problem}, and asks to wait for longer than {judge.patience:g} s; "
+                            "what was answered is kept: run the same command later"
+                        ) from None
+                    if problem.limited:
+                        # The limit is for all questions.
+                        self.paused_until = max(self.paused_until, clock() + delay)
+                    else:
+                        await asyncio.sleep(delay)
+        self.replies.put(key, reply)
+        judge.usage.replies += 1
+        self._answered()
+        return reply
 
     def _delay(self, problem: _Unanswered, times: int) -> float:
         if problem.delay is not None:
@@ -435,9 +450,13 @@ class _Questions:
         longest = min(LONGEST_DELAY, self.judge.first_delay * 2 ** (times - 1))
         return random.uniform(longest / 2, longest)
 
+    def _answered(self) -> None:
+        self.answered_once, self.given_up = True, 0
+
     def _give_up(self, problem: _Unanswered) -> Exception:
+        """What a question that was sent as often as it may be means: for itself alone, or for the evaluation."""
         self.given_up += 1
-        if self.answered_once and self.given_up < UNANSWERED_IN_A_ROW:
+        if self.answered_once and not problem.gone and self.given_up < GIVEN_UP_IN_A_ROW:
             return _GivenUpError(str(problem))
         return JudgeUnavailableError(
             f"{self.judge.endpoint.url}: {problem}, {self.judge.tries} times; check OPENAI_BASE_URL and the server. "
@@ -477,7 +496,8 @@ class _Questions:
         except httpx.HTTPError as error:
             said = endpoint.without_key(" ".join(str(error).split()))
             raise _Unanswered(
-                f"{said or 'the connection failed'} ({type(error).__name__})"
+                f"{said or 'the connection failed'} ({type(error).__name__})",
+                gone=isinstance(error, httpx.ConnectError),
             ) from None
         if response.is_success:
             return endpoint.without_key(_content(bytes(received)))
@@ -492,9 +512,8 @@ def _client(judge: LlmJudge) -> httpx.AsyncClient:
     }
     if judge.endpoint.key:
         headers["Authorization"] = f"Bearer {judge.endpoint.key}"
-    limits = httpx.Limits(max_connections=judge.concurrency)
-    # `_send` has a limit for the response as a whole.
-    return httpx.AsyncClient(headers=headers, timeout=None, limits=limits)
+    # `_pay` has a limit for the connections, and `_send` one for the response as a whole.
+    return httpx.AsyncClient(headers=headers, timeout=None, limits=httpx.Limits())
 
 
 def _content(body: bytes) -> str:

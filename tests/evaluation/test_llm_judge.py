@@ -276,6 +276,7 @@ def not_json(request):
     request.send(200, b"<html>busy</html>")
 
 
+COMPLETION = {"choices": [{"message": {"content": "Verdict: A"}}]}
 FAULTS = {
     "500": lambda request: request.send(500, {"error": {"message": "oops"}}),
     "503 with Retry-After": lambda request: request.send(503, b"", Retry_After="0"),
@@ -289,7 +290,7 @@ FAULTS = {
     "no choices": lambda request: request.send(200, {"choices": []}),
     "no message": lambda request: request.send(200, {"choices": [{"text": "Verdict: A"}]}),
     "message is text": lambda request: request.send(200, {"choices": [{"message": "Verdict: A"}]}),
-    "huge": lambda request: request.send(200, b" " * 3_000_000),
+    "huge": lambda request: request.send(200, COMPLETION | {"padding": "-" * 3_000_000}),
     "drip": lambda request: request.drip(1.0),
     "silence": lambda request: time.sleep(0.6),
     "no HTTP": lambda request: request.handler.wfile.write(b"hello there\r\n\r\n"),
@@ -357,21 +358,58 @@ def test_a_question_that_is_never_answered_is_given_up_and_the_others_judged(mak
         assert len(server.requests) == before + 2
 
 
-def test_an_endpoint_that_is_not_there(make_judge):
+def test_questions_given_up_here_and_there_end_nothing(make_judge):
+    def respond(request):
+        if int(request.question.partition("?")[0].rpartition(" ")[2]) % 5 == 1:
+            request.send(500, b"")
+        else:
+            prefer_longer(request)
+
+    with serving(respond) as server:
+        verdicts = list(make_judge(server, tries=1)(comparisons(60)))
+    expected = [None if i % 5 == 1 else winner for i, winner in enumerate(EXPECTED * 20)]
+    assert winners(verdicts) == expected
+    assert sum(winner is None for winner in expected) * 2 > llm_judge.GIVEN_UP_IN_A_ROW
+
+
+def nobody():
+    """An address where nothing listens."""
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
-        judge = make_judge(url, tries=3)
-        with pytest.raises(JudgeUnavailableError) as raised:
-            next(judge(comparisons(20)))
+        return f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
+
+
+def test_an_endpoint_that_is_not_there(make_judge):
+    url = nobody()
+    judge = make_judge(url, tries=3)
+    with pytest.raises(JudgeUnavailableError) as raised:
+        next(judge(comparisons(20)))
     message = str(raised.value)
     assert message.startswith(f"{url}/chat/completions: ")
     assert "3 times; check OPENAI_BASE_URL" in message
     assert len(message.splitlines()) == 1
-    assert 3 <= judge.usage.requests <= 3 * 40
+    assert 3 <= judge.usage.requests <= 3 * 10
 
 
-def test_an_endpoint_that_goes_away_ends_the_evaluation(make_judge):
+def test_an_endpoint_that_is_no_longer_there_ends_the_evaluation(make_judge):
+    with serving(prefer_longer) as server:
+        list(make_judge(server)(comparisons(3)))
+    verdicts = make_judge(server, tries=2)(comparisons(4))
+    assert [next(verdicts).winner for _ in range(3)] == EXPECTED
+    with pytest.raises(JudgeUnavailableError, match="2 times"):
+        next(verdicts)
+
+
+def test_an_endpoint_that_never_answers_well(make_judge):
+    with (
+        serving(not_json) as server,
+        pytest.raises(JudgeUnavailableError, match="a response that is no chat completion"),
+    ):
+        list(make_judge(server, tries=2)(comparisons(1)))
+    assert len(server.requests) <= 4
+
+
+def test_an_endpoint_that_is_out_of_order_ends_the_evaluation(make_judge):
     def respond(request):
         if request.number < 10:
             prefer_longer(request)
@@ -382,8 +420,7 @@ def test_an_endpoint_that_goes_away_ends_the_evaluation(make_judge):
         verdicts = make_judge(server, tries=2)(comparisons(100))
         with pytest.raises(JudgeUnavailableError, match=r"the server answered 502, 2 times"):
             list(verdicts)
-        under_way = 2 * 8 * llm_judge.AHEAD
-        assert len(server.requests) <= 10 + 2 * (llm_judge.UNANSWERED_IN_A_ROW + under_way)
+        assert len(server.requests) <= 10 + 2 * (llm_judge.GIVEN_UP_IN_A_ROW + 8)
 
 
 # Rate limits.
