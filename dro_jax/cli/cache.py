@@ -11,6 +11,7 @@ from etils import epath
 
 from dro_jax.cli import configuration, train
 from dro_jax.cli.console import console, progress_bar
+from dro_jax.cli.run_folder import facts_of_reference
 from dro_jax.data import caching
 from dro_jax.data.packing import Example, packed_batches
 from dro_jax.data.tasks import feedback_task
@@ -61,7 +62,7 @@ def run() -> None:
         layout = train_state.make_layout(
             model, bound["optimizer"].transforms(), has_value=False, mesh=mesh, rules=rules
         )
-        expected = train.facts_of_reference(
+        expected = facts_of_reference(
             {
                 "model": model.architecture(),
                 "vocabulary": checked.vocabulary_digest,

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from dro_jax.cli.generate import model_of, vocabulary_file_of
-from dro_jax.cli.train import STATISTICS, VOCABULARY, vocabulary_digest
+from dro_jax.cli.run_folder import STATISTICS, VOCABULARY, vocabulary_digest
 from dro_jax.data.feedback import RewardStatistics
 from dro_jax.data.vocabulary import load_vocabulary
 from dro_jax.errors import UsageError

@@ -17,6 +17,7 @@ from rich.table import Table
 from dro_jax.cli import configuration, train
 from dro_jax.cli.console import console, progress_bar
 from dro_jax.cli.generate import Policy, complete, layout_of, load_policy
+from dro_jax.cli.run_folder import STATISTICS, make_directory
 from dro_jax.data import demonstration
 from dro_jax.data.feedback import RewardStatistics
 from dro_jax.data.vocabulary import encode_completion, encode_prompt
@@ -105,7 +106,7 @@ def run_one(workdir: str, algorithm: str) -> train.Interrupted | None:
         samples=directory / "samples.jsonl",
         summary=directory / SUMMARY,
     )
-    train.make_directory(directory)
+    make_directory(directory)
     if not paths.data.exists():
         partial = directory / f"{paths.data.name}.partial"
         demonstration.write_demonstration(
@@ -184,7 +185,7 @@ def score_answers(
         value = np.sum(probabilities * np.asarray(examples.value).reshape(shape), axis=1)
         if getattr(algorithm, "values", None) == "single":
             value = np.full_like(value, value.mean())
-    statistics = RewardStatistics.load_json(run_directory / train.STATISTICS)
+    statistics = RewardStatistics.load_json(run_directory / STATISTICS)
     pairs = [
         [(prompt, answer) for answer in row] for prompt, row in zip(prompts, answers, strict=True)
     ]

@@ -13,7 +13,7 @@ import seqio
 from etils import epath
 from jax.sharding import Mesh
 
-from dro_jax.cli.train import VOCABULARY, vocabulary_digest
+from dro_jax.cli.run_folder import VOCABULARY, vocabulary_digest
 from dro_jax.data.vocabulary import encode_prompt, load_vocabulary
 from dro_jax.errors import UsageError, check_number
 from dro_jax.evaluation.sampling import Decoding, make_sampler, sample_prompts

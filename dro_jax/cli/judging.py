@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from dro_jax.cli.generate import layout_of, load_policy
-from dro_jax.cli.train import REFERENCE, facts_of_reference
+from dro_jax.cli.run_folder import REFERENCE, facts_of_reference
 from dro_jax.data.packing import Example, packed_batches
 from dro_jax.data.vocabulary import encode_completion, encode_prompt
 from dro_jax.errors import UsageError

@@ -21,6 +21,7 @@ from etils import epath
 from dro_jax.cli import configuration, demo, train
 from dro_jax.cli.console import console, progress_bar
 from dro_jax.cli.generate import load_policy
+from dro_jax.cli.run_folder import make_directory
 from dro_jax.data import demonstration
 from dro_jax.data.feedback import split_of
 from dro_jax.errors import DivergenceError, UsageError, check_number
@@ -105,7 +106,7 @@ def run(
         if arm not in all_arms():
             raise UsageError(f"--arms {arm}: choose from {', '.join(all_arms())}")
     directory = epath.Path(workdir)
-    train.make_directory(directory)
+    make_directory(directory)
     for seed in seeds:
         write_data(directory, seed)
     wanted = [Run(arm, seed) for seed in seeds for arm in arms]
@@ -171,7 +172,7 @@ def write_data(directory: epath.Path, seed: int) -> None:
     place = data_file(directory, seed)
     if place.exists():
         return
-    train.make_directory(place.parent)
+    make_directory(place.parent)
     partial = place.parent / f"{place.name}.partial"
     demonstration.write_demonstration(
         partial, split_prompts()["asked"], samples_per_prompt=demo.ANSWERS_PER_PROMPT, seed=seed
@@ -209,7 +210,7 @@ def train_all(
     Yields:
       Runs as they end, with what the last line of one that failed says.
     """
-    train.make_directory(directory / "logs")
+    make_directory(directory / "logs")
     waiting, running = list(runs), dict[int, tuple[Run, subprocess.Popen[bytes]]]()
     asked = False
     while running or (waiting and stop.signal is None):

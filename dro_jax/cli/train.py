@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import hashlib
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -14,8 +13,17 @@ import seqio
 from clu import metric_writers
 from etils import epath
 
-from dro_jax.cli import configuration
+from dro_jax.cli import configuration, win_rates
 from dro_jax.cli.console import console, format_metrics, progress_bar
+from dro_jax.cli.generate import Policy
+from dro_jax.cli.run_folder import (
+    REFERENCE,
+    STATISTICS,
+    VOCABULARY,
+    facts_of_reference,
+    make_directory,
+    vocabulary_digest,
+)
 from dro_jax.data import caching
 from dro_jax.data.batches import Position, evaluation_batches, train_batches
 from dro_jax.data.feedback import FeedbackFile, FeedbackSummary, RewardStatistics, summarise
@@ -54,10 +62,12 @@ TERMINAL_METRICS = {
     "speed/tokens_per_second": "tokens/s",
 }
 
-STATISTICS = "reward_statistics.json"
-REFERENCE = "reference"
-VOCABULARY = "vocabulary.model"
-"""Names inside MODEL_DIR."""
+SIDE_BY_SIDE = {
+    "side_by_side/win_rate": "win rate over the reference",
+    "side_by_side/win_rate_standard_error": "standard error",
+    "side_by_side/ties": "ties",
+    "side_by_side/unanswered": "no verdict",
+}
 
 STEP_0_SPREAD = 0.05
 """Nats by which log pi and log pi_ref may differ before the first update, when they are the same weights."""
@@ -92,6 +102,7 @@ def train(
     keep_last: int = 3,
     keep_every: int | None = None,
     stall_seconds: float = 1800,
+    win_rate: win_rates.WinRate,
     rules: partitioning.Partitioning,
 ) -> Interrupted | None:
     """Trains a method on a feedback file, going on where `model_dir` left off.
@@ -120,6 +131,8 @@ def train(
       keep_every: keep checkpoints at multiples of this for ever; None keeps only the newest.
       stall_seconds: the longest that a step, its evaluation and its saving may take: after that the process ends,
         as one of several that waits for another would wait for ever.
+      win_rate: whether and how a judge holds the policy against the reference at every evaluation; the checkpoint
+        that wins most is kept, and is MODEL_DIR/best.
       rules: mesh and sharding.
 
     Returns:
@@ -145,6 +158,9 @@ def train(
 
     checked = processes.agree(check)
     directory = epath.Path(model_dir)
+    jury = processes.agree(
+        lambda: win_rates.prepare(win_rate, directory, feedback, periods, algorithm.needs)
+    )
     processes.refuse_differences("feedback file", checked.summary.digest)
     needs, model, summary, manifest = (
         algorithm.needs,
@@ -224,6 +240,21 @@ def train(
     else:
         statistics = RewardStatistics.load_json(directory / STATISTICS)
     meta["reference"] = digest
+    hold_against_reference = None
+    if jury is not None:
+        if reference is None:
+            source, at = checkpoints.find(directory / REFERENCE)
+            abstract = layout.abstract().policy
+            reference = checkpoints.restore_policy(source, at, abstract, facts_of_reference(meta))
+        hold_against_reference = win_rates.against_reference(
+            win_rate,
+            jury,
+            folder=directory / win_rates.FOLDER,
+            policy_of=lambda params: Policy(
+                model, params, checked.vocabulary, dict(lengths), mesh, rules.rules
+            ),
+            reference=reference,
+        )
     if not needs.reference or manifest is not None:
         reference = None
     first_step, position = int(state.step), Position()
@@ -294,7 +325,16 @@ def train(
     evaluation_step = step.make_evaluation_step(model, algorithm, layout)
     batch_sharding = partitioning.batch_sharding(mesh, rules.rules)
 
+    rates: dict[int, float] = {}
+
     def evaluate(done: int, state: train_state.TrainState) -> None:
+        if hold_against_reference is not None:
+            scalars = hold_against_reference(done, state.policy)
+            if "side_by_side/win_rate" in scalars:
+                rates[done] = scalars["side_by_side/win_rate"]
+            for writer in writers[1:]:
+                writer.write_scalars(done, scalars)
+            console.print(f"side by side, step {done}  {format_metrics(scalars, SIDE_BY_SIDE)}")
         if not summary.validation_rows:
             return
         batches = evaluation_batches(
@@ -348,7 +388,10 @@ def train(
             log=log,
             evaluate=evaluate,
             save=lambda state, position: checkpoints.save(
-                manager, state, meta | {"data": dataclasses.asdict(position)}
+                manager,
+                state,
+                meta | {"data": dataclasses.asdict(position)},
+                win_rate=rates.get(int(state.step)),
             ),
             stop=stop,
             progress=show,
@@ -587,35 +630,6 @@ def restore(
     else:
         return None, None
     return state, checkpoints.restore_policy(source, at, abstract.policy, model)
-
-
-def facts_of_reference(meta: checkpoints.Meta) -> checkpoints.Meta:
-    """What of a run's meta (model, vocabulary, reserved_entry) a checkpoint must share to be its reference."""
-    facts = {name: meta[name] for name in ("model", "vocabulary")}
-    if not meta["reserved_entry"]:
-        # A single net's last entry would be taken for a token.
-        facts["reserved_entry"] = False
-    return facts
-
-
-def make_directory(directory: epath.Path) -> None:
-    """Makes the run's folder. Raises UsageError where that is not possible."""
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / f".writable-{jax.process_index()}"
-        probe.write_text("")
-        probe.unlink()
-    except OSError as error:
-        raise UsageError(
-            f"{directory}: cannot be written ({error.strerror or error}); choose another folder"
-        ) from error
-
-
-def vocabulary_digest(vocabulary_file: str | None) -> str:
-    """What identifies a vocabulary: "bytes", or the SHA-256 of the SentencePiece model."""
-    if vocabulary_file is None:
-        return "bytes"
-    return "sentencepiece:" + hashlib.sha256(epath.Path(vocabulary_file).read_bytes()).hexdigest()
 
 
 def held_out_metrics(algorithm: Algorithm, examples: Examples) -> loop.Scalars:

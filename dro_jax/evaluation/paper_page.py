@@ -294,8 +294,8 @@ NOTES = (
     "The optimum is eq. 2's at tau = 1. Its win rate is a ceiling only for those who stay as near to the reference: "
     "a policy that goes further wins more and gains less than the price it pays.",
     "The frontier is what eq. 2 gives over all tau: no policy gains more reward at its KL from the reference. Reward "
-    "is in standard deviations of the data's rewards; KL and reward are of the policy on the 24 answers, beside which its "
-    "mass on them has to be read.",
+    "is in standard deviations of the data's rewards. KL and reward are of the policy on the 24 answers, beside which "
+    "its mass on them has to be read.",
     "Every arm is at its last step. The paper takes the checkpoint that wins most.",
 )
 

@@ -27,6 +27,12 @@ Meta = dict[str, Any]
 
 logger = logging.getLogger(__name__)
 
+WIN_RATE = "win_rate"
+"""In a checkpoint's meta and metrics."""
+
+BEST = "best"
+"""What a person calls the checkpoint of a run that wins most."""
+
 _NAMES = ocp.path.step.standard_name_format(step_prefix="checkpoint")
 
 
@@ -79,7 +85,14 @@ def open_manager(
       The manager, for `save` and `close`.
     """
     policies = ocp.checkpoint_managers
-    keep: list[Any] = [policies.LatestN(keep_last)]
+
+    def win_rate(metrics: Any) -> float:
+        return metrics[WIN_RATE]
+
+    keep: list[Any] = [
+        policies.LatestN(keep_last),
+        policies.BestN(n=1, get_metric_fn=win_rate, keep_checkpoints_without_metrics=False),
+    ]
     if keep_every is not None:
         keep.append(policies.EveryNSteps(keep_every))
     return ocp.CheckpointManager(
@@ -87,24 +100,29 @@ def open_manager(
         options=ocp.CheckpointManagerOptions(
             step_name_format=_NAMES,
             preservation_policy=policies.AnyPreservationPolicy(keep),
+            # Without it Orbax writes no metrics.
+            best_fn=win_rate,
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
         ),
     )
 
 
-def save(manager: ocp.CheckpointManager, state: TrainState, meta: Meta) -> None:
+def save(
+    manager: ocp.CheckpointManager, state: TrainState, meta: Meta, win_rate: float | None = None
+) -> None:
     """Starts saving a training state; returns once the arrays are copied off the devices.
 
     Args:
       manager: of `open_manager`.
       state: the state.
       meta: JSON-ready facts that the checkpoint belongs to.
+      win_rate: of its policy over the reference, None where nobody was asked. The checkpoint with the greatest is kept.
 
     Raises:
       SaveError: if this cannot be written, or the save before it could not.
     """
-    _save(manager, int(state.step), _items(state), meta)
+    _save(manager, int(state.step), _items(state), meta | {WIN_RATE: win_rate})
 
 
 def close(manager: ocp.CheckpointManager) -> None:
@@ -135,8 +153,13 @@ def _save(manager: ocp.CheckpointManager, step: int, trees: dict[str, Tree], met
     meta = meta | {"step": step, "checksums": {k: checksums(v) for k, v in trees.items()}}
     meta["digest"] = _digest(meta)
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+    rate = meta.get(WIN_RATE)
     with _writing(manager.directory):
-        manager.save(step, args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items))
+        manager.save(
+            step,
+            args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items),
+            metrics=None if rate is None else {WIN_RATE: rate},
+        )
 
 
 @contextlib.contextmanager
@@ -230,7 +253,7 @@ def find(path: epath.PathLike) -> tuple[epath.Path, int]:
     """The folder and step of a checkpoint that a person named.
 
     Args:
-      path: a run's folder (its newest checkpoint is meant) or one `checkpoint_<step>` in it.
+      path: a run's folder (its newest checkpoint is meant), one `checkpoint_<step>` in it, or `best` in it.
 
     Returns:
       Folder and step.
@@ -242,6 +265,18 @@ def find(path: epath.PathLike) -> tuple[epath.Path, int]:
     prefix, _, number = folder.name.partition("_")
     if prefix == "checkpoint" and number.isdigit() and int(number) in steps(folder.parent):
         return folder.parent, int(number)
+    if folder.name == BEST and not folder.exists():
+        rates = {
+            step: read_meta(folder.parent, step).get(WIN_RATE) for step in steps(folder.parent)
+        }
+        judged = {step: rate for step, rate in rates.items() if rate is not None}
+        if not judged:
+            raise UsageError(
+                f"{path}: no checkpoint of that run was held against its reference; train with a JUDGE, or name "
+                "one checkpoint_<step>"
+            )
+        # Orbax, too, keeps the last of equals.
+        return folder.parent, max(judged, key=lambda step: (judged[step], step))
     found = steps(folder)
     if not found:
         raise UsageError(

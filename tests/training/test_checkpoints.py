@@ -300,3 +300,21 @@ def test_a_checksum_is_the_sum_of_the_words_and_changes_with_any_bit(dtype):
         flipped[1, 2] ^= word(1 << bit)
         leaf = jax.lax.bitcast_convert_type(jnp.asarray(flipped), dtype)
         assert checkpoints.checksums({"a": {"b": leaf}})["a/b"] != want
+
+
+def test_the_checkpoint_that_wins_most_stays(tmp_path, layout, random_state):
+    def save(rates, first):
+        manager = checkpoints.open_manager(tmp_path, keep_last=1, keep_every=None)
+        for step, rate in enumerate(rates, first):
+            checkpoints.save(manager, random_state(layout, step), META, win_rate=rate)
+        checkpoints.close(manager)
+
+    save([0.4, 0.9, None, 0.3], 1)
+    assert checkpoints.steps(tmp_path) == [2, 4]
+    assert checkpoints.find(tmp_path / "best") == (tmp_path, 2)
+    # What an earlier process wrote counts too; the last of equals is the best.
+    save([0.2, None], 5)
+    assert checkpoints.steps(tmp_path) == [2, 6]
+    save([0.9, 0.1], 7)
+    assert checkpoints.steps(tmp_path) == [7, 8]
+    assert checkpoints.find(tmp_path / "best") == (tmp_path, 7)
