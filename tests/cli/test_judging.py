@@ -14,7 +14,7 @@ from dro_jax.errors import UsageError
 from dro_jax.evaluation.judges import Comparison
 from dro_jax.evaluation.llm_judge import TEMPLATE, LlmJudge
 from dro_jax.networks import T5, ValueNetwork
-from dro_jax.training import checkpoints
+from dro_jax.training import checkpoints, train_state
 
 TAU = 0.5
 PROMPTS = ["ann: d b a c", "b:", "", "a prompt that is too long"]
@@ -24,26 +24,34 @@ ANSWERS = ["a b c d", "d b", "", "longer than what it is cut to", "abcdefg", "ab
 @pytest.fixture(scope="module")
 def per_token_run(tmp_path_factory, train):
     """A value network with a value a token, moved well away from where it starts."""
-    return _trained(tmp_path_factory, train)
-
-
-@pytest.fixture(scope="module")
-def single_net_run(tmp_path_factory, train):
-    """The same in one network, with means over tokens."""
-    own = {"algorithms__DroV__networks": "single", "algorithms__DroV__log_probs": "mean"}
-    return _trained(tmp_path_factory, train, **own)
-
-
-def _trained(tmp_path_factory, train, **settings):
     directory = tmp_path_factory.mktemp("runs") / "run"
-    defaults = {
-        "MODEL_DIR": str(directory),
+    settings = {
         "algorithms__DroV__values": "per_token",
         "POLICY_LEARNING_RATE": 0.02,
         "VALUE_LEARNING_RATE": 0.05,
     }
-    result = train(**(defaults | settings))
+    result = train(MODEL_DIR=str(directory), **settings)
     assert result.code == 0, result.err
+    return directory
+
+
+@pytest.fixture(scope="module")
+def single_net_run(tmp_path_factory, per_token_run):
+    """The same weights, as a run of one network with means over tokens would have left them."""
+    directory = tmp_path_factory.mktemp("runs") / "single_net"
+    policy, reference = (
+        load_policy(str(per_token_run)),
+        load_policy(str(per_token_run / "reference")),
+    )
+    meta = checkpoints.read_meta(per_token_run, 6)
+    own = {"NETWORKS": "single", "LOG_PROBS": "mean"}
+    assert meta["settings"].keys() >= own.keys()
+    meta |= {"settings": meta["settings"] | own, "reserved_entry": True}
+    state = train_state.TrainState(np.int32(6), policy.params, {}, {})
+    manager = checkpoints.open_manager(directory, keep_last=1, keep_every=None)
+    checkpoints.save(manager, state, meta)
+    checkpoints.close(manager)
+    checkpoints.save_policy(directory / "reference", reference.params, meta)
     return directory
 
 
@@ -127,7 +135,7 @@ def test_a_reward_does_not_depend_on_what_it_is_computed_with(implied_reward, mo
     assert batches == [(32, 13), (32, 13), (16, 13)]
     batches.clear()
     # With another prompt that fits into a row with itself.
-    few = implied_reward([PROMPTS[0], "", PROMPTS[0], ""] * 3, ["a", "b", *answers[:2]] * 3)
+    few = implied_reward([PROMPTS[0], "", PROMPTS[0], ""], ["a", "b", answers[0], "c"])
     assert batches == [(8, 13)]
     np.testing.assert_allclose(few[2], together[0], atol=1e-5)
 
@@ -148,13 +156,13 @@ def test_the_judge_prefers_what_the_run_does(per_token_run, implied_reward, tmp_
 
 
 def test_value_judges_with_the_value(per_token_run, implied_reward, tmp_path):
-    texts = [PROMPTS[0]] * 2, ["a b c d", "d b"]
-    a, b = expected_rewards(per_token_run, *texts, with_value=True)
+    texts = [list(texts) for texts in zip(*PAIRS, strict=True)]
+    a, b = expected_rewards(per_token_run, *texts, with_value=True)[:2]
     judge = load_judge(f"value:{per_token_run}", cache=tmp_path / "c")
     (verdict,) = judge([Comparison(PROMPTS[0], "a b c d", "d b")])
     _, of_a, _, of_b = verdict.reason.split()
     np.testing.assert_allclose([float(of_a), float(of_b)], [a, b], atol=1e-4)
-    assert np.abs(implied_reward(*texts) - [a, b]).max() > 1e-3
+    assert np.abs(implied_reward(*texts)[:2] - [a, b]).max() > 1e-3
 
 
 def test_one_checkpoint_of_a_run_can_judge(per_token_run, implied_reward):
