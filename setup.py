@@ -23,6 +23,7 @@ REQUIREMENTS = [
     "tensorboard",  # clu's metric writers need it and do not ask for it.
     "etils[epath]",
     "numpy",
+    "scipy",
     "protobuf",
     "rich",
     "sentencepiece",
