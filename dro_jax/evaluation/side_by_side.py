@@ -63,6 +63,26 @@ class Pair:
     length_controlled: float
     longer: float
 
+    def swapped(self) -> "Pair":
+        """The same verdicts with the other policy first."""
+        return dataclasses.replace(
+            self,
+            first=self.second,
+            second=self.first,
+            wins=self.losses,
+            losses=self.wins,
+            win_rate=1 - self.win_rate,
+            interval=(1 - self.interval[1], 1 - self.interval[0]),
+            fold_rates=tuple(1 - rate for rate in self.fold_rates),
+            fold_mean=1 - self.fold_mean,
+            length_controlled=1 - self.length_controlled,
+            longer=1 - self.longer,
+        )
+
+    def seen_from(self, name: str) -> "Pair":
+        """The same verdicts with the named one of the two policies first."""
+        return self if name == self.first else self.swapped()
+
 
 def compare_pair(
     first: str,
