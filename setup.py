@@ -22,6 +22,7 @@ REQUIREMENTS = [
     "clu",
     "tensorboard",  # clu's metric writers need it and do not ask for it.
     "etils[epath]",
+    "httpx",  # A language model as judge.
     "numpy",
     "scipy",
     "protobuf",

@@ -12,7 +12,7 @@ from etils import epath
 from dro_jax.cli import configuration, train
 from dro_jax.cli.console import console, progress_bar
 from dro_jax.data import caching
-from dro_jax.data.packing import WINDOW, Example, fill_rows, pack, text_lengths
+from dro_jax.data.packing import Example, packed_batches
 from dro_jax.data.tasks import feedback_task
 from dro_jax.errors import UsageError
 from dro_jax.networks import T5Config
@@ -164,23 +164,13 @@ def make_score(
 
     def score_completions(examples: list[Example]) -> np.ndarray:
         scores = np.zeros(len(examples), np.float32)
-        limits = [lengths["inputs"], lengths["targets"]]
-        for start in range(0, len(examples), WINDOW):
-            window = examples[start : start + WINDOW]
-            rows = pack(text_lengths(window), limits, EXAMPLES_A_ROW)
-            for first in range(0, len(rows), batch_size):
-                some = rows[first : first + batch_size]
-                batch = fill_rows(
-                    [
-                        *([window[i] for i in row] for row in some),
-                        *[[]] * (batch_size - len(some)),
-                    ],
-                    lengths=lengths,
-                    max_examples=EXAMPLES_A_ROW,
-                )
-                got = np.asarray(log_prob(reference, loop.to_devices(batch, sharding)))
-                for row, numbers in enumerate(some):
-                    scores[start + np.array(numbers)] = got[row, : len(numbers)]
+        batches = packed_batches(
+            examples, lengths=lengths, max_examples=EXAMPLES_A_ROW, batch_size=batch_size
+        )
+        for batch, rows in batches:
+            got = np.asarray(log_prob(reference, loop.to_devices(batch, sharding)))
+            for row, numbers in enumerate(rows):
+                scores[numbers] = got[row, : len(numbers)]
         return scores
 
     def score(examples: list[Example]) -> dict[str, np.ndarray]:

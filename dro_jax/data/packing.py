@@ -5,7 +5,7 @@ longest first, which fills rows better than any few open rows can, and leaves no
 begins and ends is all that a resumed run has to know.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -60,6 +60,33 @@ def pack(lengths: np.ndarray, limits: Sequence[int], max_examples: int) -> list[
         room[:, row] -= lengths[number]
         slots[row] -= 1
     return rows
+
+
+def packed_batches(
+    examples: Sequence[Example],
+    *,
+    lengths: Mapping[str, int],
+    max_examples: int,
+    batch_size: int,
+) -> Iterator[tuple[Batch, list[list[int]]]]:
+    """Yields examples in batches of packed rows, each with the numbers of the examples in its rows.
+
+    Args:
+        examples: as of `fill_rows`, none over its limit.
+        lengths: tokens a row holds of "inputs" and "targets".
+        max_examples: slots a row has.
+        batch_size: rows of every batch; where examples run out, rows are empty and have no numbers.
+    """
+    for start in range(0, len(examples), WINDOW):
+        window = examples[start : start + WINDOW]
+        limits = [lengths["inputs"], lengths["targets"]]
+        rows = pack(text_lengths(window), limits, max_examples)
+        for first in range(0, len(rows), batch_size):
+            some = rows[first : first + batch_size]
+            filled = [[window[i] for i in row] for row in some]
+            empty: list[list[Example]] = [[] for _ in range(batch_size - len(some))]
+            batch = fill_rows([*filled, *empty], lengths=lengths, max_examples=max_examples)
+            yield batch, [[start + i for i in row] for row in some]
 
 
 def fill_rows(
