@@ -22,7 +22,7 @@ from dro_jax.data.feedback import RewardStatistics
 from dro_jax.data.vocabulary import encode_completion, encode_prompt
 from dro_jax.errors import UsageError
 from dro_jax.evaluation.enumeration import Distance, distance_to_optimum, renormalise
-from dro_jax.evaluation.sampling import Decoding, make_sampler
+from dro_jax.evaluation.sampling import Decoding
 from dro_jax.training import checkpoints
 from dro_jax.training.algorithms import Algorithm
 from dro_jax.training.step import example_arrays, sequence_log_prob
@@ -236,11 +236,12 @@ def sample_side_by_side(
     completions = []
     for name, of, seed in (("sft", reference, 1), (algorithm, policy, 2)):
         decoding = Decoding(max_tokens=of.lengths["targets"])
-        sampler = make_sampler(of.config, decoding, of.vocabulary.eos_id)
         texts = []
         with progress_bar(f"sampling {name}", len(repeated)) as progress:
-            for text in complete(of, repeated, sampler, seed=seed, batch_size=SAMPLING_BATCH_SIZE):
-                texts.append(text)
+            for completion in complete(
+                of, repeated, decoding, seed=seed, batch_size=SAMPLING_BATCH_SIZE
+            ):
+                texts.append(completion.text)
                 progress.advance(progress.task_ids[0])
         completions.append(texts)
     rows = []

@@ -7,18 +7,25 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import numpy as np
 import seqio
 from etils import epath
+from jax.sharding import Mesh
 
 from dro_jax.cli.train import VOCABULARY, vocabulary_digest
 from dro_jax.data.vocabulary import encode_prompt, load_vocabulary
 from dro_jax.errors import UsageError, check_number
-from dro_jax.evaluation.sampling import Decoding, Sampler, make_sampler
+from dro_jax.evaluation.sampling import Decoding, make_sampler, sample_prompts
 from dro_jax.networks import T5Config
-from dro_jax.training import checkpoints, optimizers, partitioning, train_state
+from dro_jax.networks.sharding import Rules
+from dro_jax.training import checkpoints, optimizers, train_state
+from dro_jax.training.partitioning import Partitioning, row_shards
 
 logger = logging.getLogger(__name__)
+
+ROWS_APART = Partitioning()
+"""Weights whole on every device, rows spread over all of them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,16 +37,40 @@ class Policy:
       params: its parameters.
       vocabulary: of prompts and completions.
       lengths: most tokens of "inputs" and "targets" in its training.
+      mesh: the devices that the parameters lie on.
+      rules: how logical axes lie on the mesh.
     """
 
     config: T5Config
     params: Any
     vocabulary: seqio.Vocabulary
     lengths: dict[str, int]
+    mesh: Mesh
+    rules: Rules
 
 
-def load_policy(checkpoint: str) -> Policy:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Completion:
+    """What a policy answers to a prompt.
+
+    Attributes:
+      text: without the end of sequence.
+      tokens: int32 [L], up to and including the end of sequence if there was one.
+    """
+
+    text: str
+    tokens: np.ndarray
+
+
+def load_policy(checkpoint: str, partitioning: Partitioning = ROWS_APART) -> Policy:
     """Reads the policy of a run (its MODEL_DIR), or of one checkpoint in it.
+
+    Args:
+      checkpoint: its folder.
+      partitioning: how it is laid over this machine's devices; as shipped, whole on each of them.
+
+    Returns:
+      The policy.
 
     Raises:
       UsageError: if there is none, or it is damaged.
@@ -47,10 +78,10 @@ def load_policy(checkpoint: str) -> Policy:
     directory, at = checkpoints.find(checkpoint)
     meta = checkpoints.read_meta(directory, at)
     config = model_of(meta)
-    abstract = layout_of(config, has_value=False).abstract().policy
-    params = checkpoints.restore_policy(directory, at, abstract, {})
+    layout = layout_of(config, has_value=False, partitioning=partitioning)
+    params = checkpoints.restore_policy(directory, at, layout.abstract().policy, {})
     vocabulary = load_vocabulary(vocabulary_file_of(directory, meta))
-    return Policy(config, params, vocabulary, meta["lengths"])
+    return Policy(config, params, vocabulary, meta["lengths"], layout.mesh, layout.rules)
 
 
 def model_of(meta: checkpoints.Meta) -> T5Config:
@@ -81,48 +112,48 @@ def vocabulary_file_of(directory: epath.Path, meta: checkpoints.Meta) -> str | N
     return str(path)
 
 
-def layout_of(config: T5Config, *, has_value: bool) -> train_state.Layout:
+def layout_of(
+    config: T5Config, *, has_value: bool, partitioning: Partitioning = ROWS_APART
+) -> train_state.Layout:
     """How the parameters of a model lie on this machine's devices."""
-    rules = partitioning.Partitioning()
     transforms = optimizers.Adafactor().transforms()
+    mesh = partitioning.mesh()
     return train_state.make_layout(
-        config, transforms, has_value=has_value, mesh=rules.mesh(), rules=rules
+        config, transforms, has_value=has_value, mesh=mesh, rules=partitioning
     )
 
 
 def complete(
-    policy: Policy, prompts: list[str], sampler: Sampler, *, seed: int, batch_size: int
-) -> Iterator[str]:
-    """Completes prompts in order.
+    policy: Policy, prompts: list[str], decoding: Decoding, *, seed: int, batch_size: int
+) -> Iterator[Completion]:
+    """Completes prompts.
 
     Args:
       policy: of `load_policy`.
       prompts: texts; over-long ones are cut to the policy's length of inputs.
-      sampler: of `make_sampler`.
+      decoding: how tokens are chosen.
       seed: with a prompt's place in the list it fixes the completion, whatever the batch size.
-      batch_size: prompts at a time.
+      batch_size: prompts at a time, filled up to what divides over the devices.
 
     Yields:
-      One completion a prompt.
+      One completion a prompt, in the order of the prompts; `sampling.WINDOW` batches at once, since prompts of
+      like length share a batch.
     """
-    length = policy.lengths["inputs"]
-    for start in range(0, len(prompts), batch_size):
-        texts = prompts[start : start + batch_size]
-        tokens = np.zeros((batch_size, length), np.int32)
-        for row, text in enumerate(texts):
-            encoded = encode_prompt(policy.vocabulary, text, length)
-            tokens[row, : len(encoded)] = encoded
-        places = start + np.arange(batch_size)
-        sampled = np.asarray(sampler(policy.params, tokens, seed, places))
-        for row in range(len(texts)):
-            yield decode(policy.vocabulary, sampled[row])
-
-
-def decode(vocabulary: seqio.Vocabulary, tokens: np.ndarray) -> str:
-    """The text of tokens [L] before the end of sequence."""
-    ends = np.flatnonzero(tokens == vocabulary.eos_id)
-    kept = tokens[: ends[0]] if len(ends) else tokens
-    return vocabulary.decode([int(token) for token in kept])
+    vocabulary, longest = policy.vocabulary, policy.lengths["inputs"]
+    sampled = sample_prompts(
+        make_sampler(policy.config, decoding, vocabulary.eos_id, policy.mesh, policy.rules),
+        policy.params,
+        [encode_prompt(vocabulary, text, longest) for text in prompts],
+        longest=longest,
+        seed=seed,
+        batch_size=batch_size,
+        shards=row_shards(policy.mesh, policy.rules),
+    )
+    for tokens in sampled:
+        ends = np.flatnonzero(tokens == vocabulary.eos_id)
+        stop = ends[0] if len(ends) else len(tokens)
+        text = vocabulary.decode([int(token) for token in tokens[:stop]])
+        yield Completion(text, tokens[: stop + 1])
 
 
 def run(
@@ -131,18 +162,29 @@ def run(
     prompts: str,
     output: str,
     max_tokens: int | None,
-    temperature: float,
+    temperature: float | None,
     top_k: int,
     top_p: float,
+    num_beams: int,
+    length_penalty: float,
     seed: int,
     batch_size: int,
+    fsdp: int,
+    model: int,
 ) -> None:
     """Completes a file of prompts; see `dro_jax generate --help` for the arguments."""
     texts = read_prompts(prompts)
     check_number("--batch_size", batch_size, whole=True, at_least=1)
     if not 0 <= seed < 2**31:
         raise UsageError(f"--seed {seed}: give a number from 0 to {2**31 - 1}")
-    policy = load_policy(checkpoint)
+    for name, size in (("--fsdp", fsdp), ("--model", model)):
+        check_number(name, size, whole=True, at_least=1)
+    if jax.device_count() % (fsdp * model):
+        raise UsageError(
+            f"--fsdp {fsdp} --model {model}: {fsdp * model} devices at a time do not divide the "
+            f"{jax.device_count()} that are here"
+        )
+    policy = load_policy(checkpoint, Partitioning(fsdp=fsdp, model=model))
     limit = policy.lengths["inputs"]
     cut = sum(len(policy.vocabulary.encode(text)) >= limit for text in texts)
     if cut:
@@ -150,16 +192,17 @@ def run(
     try:
         decoding = Decoding(
             policy.lengths["targets"] if max_tokens is None else max_tokens,
-            temperature,
+            (0.0 if num_beams > 1 else 1.0) if temperature is None else temperature,
             top_k,
             top_p,
+            num_beams,
+            length_penalty,
         )
     except ValueError as error:
         raise UsageError(f"generate: {error}") from error
-    sampler = make_sampler(policy.config, decoding, policy.vocabulary.eos_id)
-    completions = complete(policy, texts, sampler, seed=seed, batch_size=batch_size)
+    completions = complete(policy, texts, decoding, seed=seed, batch_size=batch_size)
     lines = (
-        json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False) + "\n"
+        json.dumps({"prompt": prompt, "completion": completion.text}, ensure_ascii=False) + "\n"
         for prompt, completion in zip(texts, completions, strict=True)
     )
     if output == "-":

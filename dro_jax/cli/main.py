@@ -151,10 +151,19 @@ def _parser() -> argparse.ArgumentParser:
         "--max_tokens", type=int, help="longest completion (default: the run's targets length)"
     )
     generate.add_argument(
-        "--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)"
+        "--temperature", type=float, help="0 is greedy (default: 1.0; 0 with --num_beams)"
     )
     generate.add_argument("--top_k", type=int, default=0, help="0 is off (default)")
     generate.add_argument("--top_p", type=float, default=1.0, help="1 is off (default)")
+    generate.add_argument(
+        "--num_beams", type=int, default=1, help="beams of a beam search; 1 is none (default)"
+    )
+    generate.add_argument(
+        "--length_penalty",
+        type=float,
+        default=1.0,
+        help="a beam's log-probability is divided by its length to this power (default: %(default)s)",
+    )
     generate.add_argument(
         "--seed", type=int, default=0, help="same seed, same text (default: %(default)s)"
     )
@@ -163,6 +172,19 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=32,
         help="prompts at a time; changes no text (default: %(default)s)",
+    )
+    generate.add_argument(
+        "--fsdp",
+        type=int,
+        default=1,
+        help="devices that weights and rows are spread over, as Partitioning.fsdp (default: %(default)s)",
+    )
+    generate.add_argument(
+        "--model",
+        type=int,
+        default=1,
+        help="devices that weights and their activations are spread over, as Partitioning.model "
+        "(default: %(default)s)",
     )
 
     convert = commands.add_parser(
@@ -335,8 +357,12 @@ def _generate(parsed: argparse.Namespace) -> int:
         temperature=parsed.temperature,
         top_k=parsed.top_k,
         top_p=parsed.top_p,
+        num_beams=parsed.num_beams,
+        length_penalty=parsed.length_penalty,
         seed=parsed.seed,
         batch_size=parsed.batch_size,
+        fsdp=parsed.fsdp,
+        model=parsed.model,
     )
     return 0
 

@@ -5,7 +5,7 @@ as the other's: `encoder/layers_0/attention/query/kernel [embed, heads * head_di
 hold several packed examples: attention stays inside a segment.
 
 Letters in shapes: B rows, Ti encoder positions, To decoder positions, N examples a row, E embedding, H heads,
-D head dimension, V vocabulary, L longest decoded sequence.
+D head dimension, V vocabulary, L longest decoded sequence, K beams a prompt.
 """
 
 import dataclasses
@@ -270,6 +270,22 @@ class Attention(nn.Module):
         )
         return self.out(attended.reshape(*x.shape[:-1], -1))
 
+    def cached(self, x: Array) -> tuple[Array, Array]:
+        """Keys and values [B, H, S, D] of the attended states [B, S, E], as `attend_cached` reads them."""
+        keys, values = (jnp.swapaxes(part, 1, 2) for part in self.keys_values(x))
+        return (
+            constrain(keys, "batch", "heads", None, None),
+            constrain(values, "batch", "heads", None, None),
+        )
+
+    def attend_cached(self, x: Array, keys: Array, values: Array, bias: Array) -> Array:
+        """Attends from [B, T, E] to cached keys and values [B, H, S, D]; bias [1 or B, 1 or H, 1, S]. [B, T, E]."""
+        queries = self._by_head(self.query(x))
+        logits = jnp.einsum("bthd,bhsd->bhts", queries, keys, preferred_element_type=jnp.float32)
+        weights = jax.nn.softmax(logits + bias).astype(values.dtype)
+        attended = jnp.einsum("bhts,bhsd->bthd", weights, values)
+        return self.out(attended.reshape(*x.shape[:-1], -1))
+
     def _by_head(self, x: Array) -> Array:
         shape = (*x.shape[:-1], self.config.num_heads, self.config.head_dim)
         return constrain(x.reshape(shape), "batch", None, "heads", None)
@@ -387,35 +403,33 @@ class DecoderLayer(nn.Module):
         """Maps [B, To, E] to itself, reading encoder states [B, Ti, E]."""
         y = self.pre_self_attention_layer_norm(x)
         x = x + self.self_attention(y, *self.self_attention.keys_values(y), bias=bias, mask=mask)
-        return self._cross_and_mlp(x, *self.cross_keys_values(encoded), cross_mask)
-
-    def cross_keys_values(self, encoded: Array) -> tuple[Array, Array]:
-        """Keys and values [B, Ti, H, D] of the encoder states, the same at every decoding step."""
-        return self.encoder_decoder_attention.keys_values(encoded)
-
-    def decode_step(
-        self,
-        x: Array,
-        cache: dict[str, Array],
-        index: Array,
-        bias: Array,
-        mask: Array,
-        cross_mask: Array,
-    ) -> tuple[Array, dict[str, Array]]:
-        """One position [B, 1, E] against the cached keys and values; returns it and the grown cache."""
-        y = self.pre_self_attention_layer_norm(x)
-        new_key, new_value = self.self_attention.keys_values(y)
-        keys = jax.lax.dynamic_update_slice_in_dim(cache["key"], new_key, index, axis=1)
-        values = jax.lax.dynamic_update_slice_in_dim(cache["value"], new_value, index, axis=1)
-        x = x + self.self_attention(y, keys, values, bias=bias, mask=mask)
-        x = self._cross_and_mlp(x, cache["cross_key"], cache["cross_value"], cross_mask)
-        return x, cache | {"key": keys, "value": values}
-
-    def _cross_and_mlp(self, x: Array, keys: Array, values: Array, cross_mask: Array) -> Array:
         y = self.pre_cross_attention_layer_norm(x)
+        keys, values = self.encoder_decoder_attention.keys_values(encoded)
         x = x + self.encoder_decoder_attention(y, keys, values, bias=None, mask=cross_mask)
         x = x + self.mlp(self.pre_mlp_layer_norm(x))
         return constrain(x, "batch", None, None)
+
+    def cross_cache(self, encoded: Array) -> tuple[Array, Array]:
+        """Keys and values [B, H, Ti, D] of the encoder states, the same at every decoding step."""
+        return self.encoder_decoder_attention.cached(encoded)
+
+    def decode_step(
+        self, x: Array, cache: dict[str, Array], index: Array, bias: Array, cross_bias: Array
+    ) -> tuple[Array, dict[str, Array]]:
+        """One position [B * K, 1, E] against the caches; returns it and the grown cache."""
+        y = self.pre_self_attention_layer_norm(x)
+        new_key, new_value = self.self_attention.cached(y)
+        keys = jax.lax.dynamic_update_slice_in_dim(cache["key"], new_key, index, axis=2)
+        values = jax.lax.dynamic_update_slice_in_dim(cache["value"], new_value, index, axis=2)
+        x = x + self.self_attention.attend_cached(y, keys, values, bias)
+        y = self.pre_cross_attention_layer_norm(x)
+        cross = cache["cross_key"], cache["cross_value"]
+        # The beams of a prompt read the same keys, as so many queries.
+        y = y.reshape(cross[0].shape[0], -1, x.shape[-1])
+        y = self.encoder_decoder_attention.attend_cached(y, *cross, cross_bias)
+        x = x + y.reshape(x.shape)
+        x = x + self.mlp(self.pre_mlp_layer_norm(x))
+        return constrain(x, "batch", None, None), cache | {"key": keys, "value": values}
 
 
 class OutputLayer(nn.Module):
@@ -464,14 +478,14 @@ class Decoder(nn.Module):
         """Untied logits float32 [..., V] of states [..., E]."""
         return self.logits_dense(states)
 
-    def init_cache(self, encoded: Array, max_length: int) -> list[dict[str, Array]]:
-        """Empty caches [B, L, H, D], one a layer, with the encoder's keys and values beside them."""
+    def init_cache(self, encoded: Array, max_length: int, beams: int) -> list[dict[str, Array]]:
+        """Empty caches [B * K, H, L, D], one a layer, with the encoder's keys and values [B, H, Ti, D] beside them."""
         config = self.config
-        shape = (encoded.shape[0], max_length, config.num_heads, config.head_dim)
+        shape = (encoded.shape[0] * beams, config.num_heads, max_length, config.head_dim)
+        empty = constrain(jnp.zeros(shape, config.compute_dtype), "batch", "heads", None, None)
         caches = []
         for layer in self.layers:
-            cross_key, cross_value = layer.cross_keys_values(encoded)
-            empty = jnp.zeros(shape, config.compute_dtype)
+            cross_key, cross_value = layer.cross_cache(encoded)
             caches.append(
                 {"key": empty, "value": empty, "cross_key": cross_key, "cross_value": cross_value}
             )
@@ -480,14 +494,14 @@ class Decoder(nn.Module):
     def decode_step(
         self, x: Array, caches: list[dict[str, Array]], index: Array, encoder_segment_ids: Array
     ) -> tuple[Array, list[dict[str, Array]]]:
-        """State [B, 1, E] of position `index` (a scalar) and the caches with it added."""
-        key_positions = jnp.arange(caches[0]["key"].shape[1])
+        """State [B * K, 1, E] of position `index` (a scalar) and the caches with it added."""
+        key_positions = jnp.arange(caches[0]["key"].shape[2])
         bias = self.relpos_bias(index[None], key_positions)
-        mask = (key_positions <= index)[None, None, None, :]
-        cross_mask = segment_mask(jnp.ones((x.shape[0], 1), jnp.int32), encoder_segment_ids)
+        bias = jnp.where((key_positions <= index)[None, None, None, :], bias, MASKED_LOGIT)
+        cross_bias = jnp.where(encoder_segment_ids > 0, 0.0, MASKED_LOGIT)[:, None, None, :]
         grown = []
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, cache = layer.decode_step(x, cache, index, bias, mask, cross_mask)
+            x, cache = layer.decode_step(x, cache, index, bias, cross_bias)
             grown.append(cache)
         return self.decoder_norm(x), grown
 
@@ -570,9 +584,11 @@ class T5(nn.Module):
             logits = self.decoder.logits(states)
         return constrain(logits, "batch", None, "vocab")
 
-    def init_cache(self, encoder_input_tokens: Array, max_length: int) -> list[dict[str, Array]]:
-        """Encodes the prompts [B, Ti] and makes room for `max_length` decoded positions."""
-        return self.decoder.init_cache(self.encode(encoder_input_tokens), max_length)
+    def init_cache(
+        self, encoder_input_tokens: Array, max_length: int, beams: int = 1
+    ) -> list[dict[str, Array]]:
+        """Encodes the prompts [B, Ti] and makes room for `max_length` positions of K = `beams` beams each."""
+        return self.decoder.init_cache(self.encode(encoder_input_tokens), max_length, beams)
 
     def decode_step(
         self,
@@ -581,11 +597,40 @@ class T5(nn.Module):
         index: Array,
         encoder_input_tokens: Array,
     ) -> tuple[Array, list[dict[str, Array]]]:
-        """Logits [B, V] after the token [B] at position `index`, and the grown caches."""
+        """Logits [B * K, V] after the token [B * K] at position `index`, and the grown caches.
+
+        A prompt's beams are neighbours.
+        """
         segments = encoder_segments(encoder_input_tokens, None)
         embedded = self.token_embedder(tokens[:, None])
         states, caches = self.decoder.decode_step(embedded, caches, index, segments)
         return self.logits(states)[:, 0], caches
+
+
+def weights_in_use(config: T5Config, params: Any) -> Any:
+    """A policy's parameters as its layers use them: in the compute type, whole along the axes of the rows.
+
+    The layers do the same to each weight. Ahead of a loop over tokens it is done once.
+
+    Args:
+      config: shape of the T5.
+      params: its parameters.
+
+    Returns:
+      The tree of parameters.
+    """
+    tokens = jnp.ones((1, 1), jnp.int32)
+    boxed = jax.eval_shape(T5(config).init, jax.random.key(0), tokens, tokens)["params"]
+
+    def in_use(box: nn.LogicallyPartitioned, weight: Array) -> Array:
+        # Norms and position biases are added up in float32.
+        if weight.ndim > 1 and "relpos_buckets" not in box.names:
+            weight = weight.astype(config.compute_dtype)
+        return gather(weight, *box.names)
+
+    return jax.tree.map(
+        in_use, boxed, params, is_leaf=lambda leaf: isinstance(leaf, nn.LogicallyPartitioned)
+    )
 
 
 def encoder_segments(tokens: Array, segment_ids: Array | None) -> Array:

@@ -95,7 +95,7 @@ def check_batch_size(
     """Raises UsageError unless the rows of a microbatch divide evenly over the mesh."""
     check_number("MICROBATCHES", microbatches, whole=True, at_least=1)
     axes = _axes_of_rows(partitioning.rules)
-    shards = math.prod(mesh.shape[axis] for axis in axes)
+    shards = row_shards(mesh, partitioning.rules)
     unit = shards * microbatches
     if not isinstance(batch_size, int) or batch_size < 1 or batch_size % unit:
         of = f" in {microbatches} microbatches" if microbatches > 1 else ""
@@ -104,6 +104,11 @@ def check_batch_size(
             f"(mesh axes {' x '.join(axes) or 'none'}){of}: "
             f"choose a multiple of {unit}"
         )
+
+
+def row_shards(mesh: Mesh, rules: Rules) -> int:
+    """How many parts the rules cut the rows of a batch into."""
+    return math.prod(mesh.shape[axis] for axis in _axes_of_rows(rules))
 
 
 def batch_sharding(mesh: Mesh, rules: Rules = DEFAULT_RULES) -> NamedSharding:

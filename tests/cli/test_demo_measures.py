@@ -3,11 +3,13 @@
 import json
 import math
 
+import numpy as np
 import pytest
 
 from dro_jax.cli import demo, generate
 from dro_jax.data import demonstration
 from dro_jax.evaluation.enumeration import Distance
+from dro_jax.evaluation.sampling import Decoding
 
 DISTANCE = Distance(0.9, 0.1, 0.2, 0.05, 0.5, 0.8, 0.75, 0.99, 0.98)
 
@@ -73,9 +75,11 @@ def test_the_judge_scores_order_and_calls_ties_a_half(sft_run, monkeypatch):
         2: ["a b c d", "a b c d", "d c b a", "d c b a", "other", "a b c d", "nonsense", "b a c d"],
     }
 
-    def scripted(of, repeated, sampler, *, seed, batch_size, first=0):
+    def scripted(of, repeated, decoding, *, seed, batch_size):
         assert len(repeated) == 2 * demo.SAMPLES_PER_PROMPT
-        yield from texts[seed] * 2
+        assert decoding == Decoding(max_tokens=8)
+        for text in texts[seed] * 2:
+            yield generate.Completion(text, np.array([1], np.int32))
 
     monkeypatch.setattr(demo, "complete", scripted)
     rows = demo.sample_side_by_side("dro_v", policy, policy, prompts)

@@ -106,7 +106,7 @@ def test_the_output_file_appears_whole(command, completions, sft_run, tmp_path, 
     expected = completions("--seed=0")
 
     def broken(*_, **__):
-        yield "one"
+        yield generate.Completion("one", np.array([1], np.int32))
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -124,9 +124,9 @@ def test_the_output_file_appears_whole(command, completions, sft_run, tmp_path, 
 def test_warnings_do_not_mix_with_the_completions(completions, command, sft_run, monkeypatch):
     original = generate.load_policy
 
-    def warning(checkpoint):
+    def warning(*arguments):
         logging.getLogger("dro_jax").warning("something odd")
-        return original(checkpoint)
+        return original(*arguments)
 
     monkeypatch.setattr(generate, "load_policy", warning)
     monkeypatch.setattr(sys, "stdin", io.StringIO("ann: d b a c\n"))

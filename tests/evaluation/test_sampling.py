@@ -125,6 +125,7 @@ def test_decoding_stops_when_every_row_has_ended(sample, params, monkeypatch):
         return original(self, *arguments)
 
     monkeypatch.setattr(T5, "decode_step", counted)
+    make_sampler.cache_clear()
     sampler = make_sampler(CONFIG, Decoding(LENGTH, temperature=0.0), EOS)
     tokens = np.asarray(sampler(params, PROMPTS, 0, np.arange(6)))
     jax.effects_barrier()
