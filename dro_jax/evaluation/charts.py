@@ -10,6 +10,7 @@ import io
 import math
 import re
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -37,7 +38,7 @@ _VARIABLES = {
     **{colour: f"var(--series-{k})" for k, colour in enumerate(SERIES)},
 }
 
-_STYLE = {
+_STYLE: Any = {
     "svg.fonttype": "none",
     # Otherwise names of clip paths and markers are random.
     "svg.hashsalt": "dro_jax",
@@ -139,7 +140,7 @@ def plane(report: Report) -> str | None:
         for k, policy in enumerate(report.policies)
         if (ratio := policy.log_ratio()) is not None
     ]
-    points = [point for point in points if not math.isnan(point[3])]
+    points = [point for point in points if math.isfinite(point[2].mean + point[3])]
     if not points:
         return None
     with mpl.rc_context(_STYLE):

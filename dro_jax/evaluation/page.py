@@ -63,8 +63,7 @@ def _facts(report: Report) -> str:
     facts = {
         "Prompts": f"{len(report.prompts)}, {setting.prompts_file}",
         "Judge": setting.judge,
-        "Sampling": ", ".join(f"{name} {value:g}" for name, value in setting.decoding.items())
-        + f", seed {setting.seed}",
+        "Answers": setting.sampling,
         "Reference": setting.reference or "none",
     }
     return "".join(
@@ -154,22 +153,20 @@ def _table(
     escaped: bool = False,
 ) -> str:
     """A table; the columns `text` hold words, the others numbers."""
-    heads = "".join(
-        f'<th scope="col"{' class="text"' if k in text else ""}>{html.escape(name)}</th>'
-        for k, name in enumerate(columns)
-    )
-    lines = []
-    for row in rows:
-        cells = row if escaped else [html.escape(cell) for cell in row]
-        lines.append(
-            "<tr>"
-            + "".join(
-                f'<td class="text">{cell}</td>' if k in text else f"<td>{cell}</td>"
-                for k, cell in enumerate(cells)
-            )
-            + "</tr>"
+
+    def cell(kind: str, place: int, content: str) -> str:
+        return f'<{kind} class="text">{content}' if place in text else f"<{kind}>{content}"
+
+    heads = "".join(cell("th", k, html.escape(name)) + "</th>" for k, name in enumerate(columns))
+    lines = [
+        "".join(
+            cell("td", k, content if escaped else html.escape(content)) + "</td>"
+            for k, content in enumerate(row)
         )
-    return f'<table class="list"><thead><tr>{heads}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
+        for row in rows
+    ]
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    return f'<table class="list"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
 
 
 def _data(report: Report) -> str:

@@ -42,6 +42,7 @@ class Policy:
       answers: one a prompt.
       log_ratios: log pi(y|x) - log pi_ref(y|x) of its answers, nats, [N]; None where there is no reference or no
         policy, only answers.
+      cut: answers that stopped at the longest that was allowed; None where that is not known.
       is_reference: whether its weights are the reference's.
       curves: of its training, by metric, such as "train loss/dro" and "held out loss/dro"; {} without logs.
     """
@@ -50,6 +51,7 @@ class Policy:
     source: str
     answers: Sequence[str]
     log_ratios: np.ndarray | None = None
+    cut: int | None = None
     is_reference: bool = False
     curves: Mapping[str, Curve] = dataclasses.field(default_factory=dict)
 
@@ -69,7 +71,7 @@ class Setting:
     Attributes:
       judge: its name.
       prompts_file: where the prompts are from.
-      decoding: how answers were sampled, by flag.
+      sampling: how answers were drawn, in words.
       samples_policy: whether that draws from the policies themselves: temperature 1 and nothing cut off.
       reference: path of pi_ref, None without one.
       no_reference: why there is none, "" where there is one.
@@ -82,7 +84,7 @@ class Setting:
 
     judge: str
     prompts_file: str
-    decoding: Mapping[str, float]
+    sampling: str
     samples_policy: bool
     reference: str | None
     no_reference: str
@@ -224,6 +226,8 @@ def notes(report: Report) -> list[str]:
             f"The folds hold {size * len(folds)} of the {len(report.prompts)} prompts; the rest counts for the "
             "win rates alone.",
         )
+    if any(policy.cut for policy in report.policies):
+        said.append("Cut: answers that stopped at the limit of tokens and not by themselves.")
     repeated = len(report.prompts) - len(set(report.prompts))
     if repeated:
         said.append(
@@ -265,6 +269,7 @@ def to_json(report: Report) -> dict[str, Any]:
                     "is_reference": policy.is_reference,
                     "mean_length": float(policy.lengths().mean()),
                     "median_length": float(np.median(policy.lengths())),
+                    "cut": policy.cut,
                     "log_ratio": None
                     if (ratio := policy.log_ratio()) is None
                     else dataclasses.asdict(ratio),
@@ -351,11 +356,11 @@ def pair_rows(report: Report) -> list[list[str]]:
 
 def policy_columns(report: Report) -> list[str]:
     """Headings of `policy_rows`."""
-    return ["policy", "from", "mean length", "median length", log_ratio_name(report.setting)]
+    return ["policy", "from", "mean length", "median length", "cut", log_ratio_name(report.setting)]
 
 
 def policy_rows(report: Report) -> list[list[str]]:
-    """Cells under `policy_columns`, a row a policy. Lengths are characters."""
+    """Cells under `policy_columns`, a row a policy; lengths are characters."""
     rows = []
     for policy in report.policies:
         ratio = policy.log_ratio()
@@ -370,6 +375,7 @@ def policy_rows(report: Report) -> list[list[str]]:
                 policy.source,
                 f"{policy.lengths().mean():.1f}",
                 f"{np.median(policy.lengths()):.0f}",
+                "-" if policy.cut is None else str(policy.cut),
                 "-" if ratio is None else f"{ratio.mean:.3f}{error}",
             ]
         )
@@ -387,11 +393,10 @@ def matrix_rows(report: Report) -> list[list[str]]:
 def to_markdown(report: Report) -> str:
     """The report's numbers as Markdown."""
     setting = report.setting
-    decoding = ", ".join(f"{name} {value:g}" for name, value in setting.decoding.items())
     facts = [
         f"{len(report.prompts)} prompts of {setting.prompts_file}",
         f"judge {setting.judge}",
-        f"sampled with {decoding}, seed {setting.seed}",
+        f"answers {setting.sampling}",
         f"reference {setting.reference or 'none'}",
         f"dro_jax {setting.version}, {setting.date}",
     ]

@@ -199,6 +199,7 @@ def sample_prompts(
     longest: int,
     seed: int,
     batch_size: int,
+    first: int = 0,
     shards: int = 1,
 ) -> Iterator[np.ndarray]:
     """Samples prompts of all lengths in few shapes: batches of prompts of like length.
@@ -213,6 +214,7 @@ def sample_prompts(
       longest: most tokens of any prompt, the last of the encoder's lengths.
       seed: with a prompt's place in the list it fixes the completion, whatever the batch size.
       batch_size: prompts at a time.
+      first: place of the first of these prompts in the list.
       shards: parts that rows are cut into; batches are filled up to a multiple.
 
     Yields:
@@ -221,17 +223,17 @@ def sample_prompts(
     # A short list is no reason to compute empty rows, nor every length of list for a program of its own.
     rows = min(batch_size, 1 << (len(prompts) - 1).bit_length())
     rows = shards * math.ceil(rows / shards)
-    for first in range(0, len(prompts), WINDOW * rows):
-        window = range(first, min(first + WINDOW * rows, len(prompts)))
+    for start in range(0, len(prompts), WINDOW * rows):
+        window = range(start, min(start + WINDOW * rows, len(prompts)))
         by_length = sorted(window, key=lambda place: len(prompts[place]))
         sampled: dict[int, np.ndarray] = {}
-        for start in range(0, len(by_length), rows):
-            batch = by_length[start : start + rows]
+        for at in range(0, len(by_length), rows):
+            batch = by_length[at : at + rows]
             tokens = np.zeros((rows, encoder_length(len(prompts[batch[-1]]), longest)), np.int32)
             for row, place in enumerate(batch):
                 tokens[row, : len(prompts[place])] = prompts[place]
             places = np.zeros(rows, np.int32)
-            places[: len(batch)] = batch
+            places[: len(batch)] = first + np.array(batch)
             completions = np.asarray(sampler(policy, tokens, seed, places))
             sampled |= zip(batch, completions[: len(batch)], strict=True)
         yield from (sampled[place] for place in window)

@@ -172,11 +172,11 @@ def test_bad_prompts(command, sft_run, tmp_path, name, content, message):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--top_p=1.5", "generate: top_p is 1.5; expected more than 0 and at most 1"),
-        ("--top_p=0", "generate: top_p is 0.0; expected more than 0 and at most 1"),
-        ("--top_k=-1", "generate: top_k is -1; expected 0"),
-        ("--temperature=-1", "generate: temperature is -1.0; expected 0"),
-        ("--max_tokens=0", "generate: max_tokens is 0; expected 1 or more"),
+        ("--top_p=1.5", "top_p is 1.5; expected more than 0 and at most 1"),
+        ("--top_p=0", "top_p is 0.0; expected more than 0 and at most 1"),
+        ("--top_k=-1", "top_k is -1; expected 0"),
+        ("--temperature=-1", "temperature is -1.0; expected 0"),
+        ("--max_tokens=0", "max_tokens is 0; expected 1 or more"),
         ("--batch_size=0", "--batch_size is 0: give a whole number of at least 1"),
         ("--output=/proc/nowhere/out.jsonl", "/proc/nowhere/out.jsonl: cannot be written ("),
     ],
