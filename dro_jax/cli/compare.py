@@ -218,19 +218,13 @@ def names_of(paths: Sequence[str]) -> list[str]:
     for place, path in enumerate(absolute):
         if path in absolute[:place]:
             raise UsageError(f"{paths[place]}: is given twice; give different policies")
-    parts = [
-        (*path.parts[:-1], path.stem if path.suffix == ".jsonl" else path.name) for path in absolute
-    ]
     # A step or "reference" alone does not say whose.
-    lengths = [2 if re.fullmatch(r"reference|checkpoint_\d+", part[-1]) else 1 for part in parts]
+    kept = [2 if re.fullmatch(r"reference|checkpoint_\d+", path.name) else 1 for path in absolute]
     while True:
-        names = ["/".join(part[-length:]) for part, length in zip(parts, lengths, strict=True)]
-        clashing = [names.count(name) > 1 for name in names]
-        if not any(clashing) or all(
-            length > len(part) for length, part in zip(lengths, parts, strict=True)
-        ):
+        names = ["/".join(path.parts[-k:]) for path, k in zip(absolute, kept, strict=True)]
+        if len(set(names)) == len(names):
             return names
-        lengths = [length + clash for length, clash in zip(lengths, clashing, strict=True)]
+        kept = [k + (names.count(name) > 1) for k, name in zip(kept, names, strict=True)]
 
 
 def find(path: str, name: str, prompts: Sequence[str]) -> Run | File:
@@ -597,15 +591,19 @@ def write(path: epath.Path, text: str) -> None:
 def show(report: reports.Report, directory: epath.Path) -> None:
     """Prints the numbers, and where everything lies."""
     console.print(reports.headline(report), style="bold")
-    for columns, rows in (
-        (reports.PAIR_COLUMNS, reports.pair_rows(report)),
-        (reports.policy_columns(report), reports.policy_rows(report)),
-    ):
-        table = Table()
-        for number, name in enumerate(columns):
-            table.add_column(name, justify="right" if number else "left")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+    pairs = Table(title=f"{len(report.prompts)} prompts", title_justify="left")
+    columns = ("pair", "win rate", "95% interval", "folds", "p", "length-controlled")
+    kept = [reports.PAIR_COLUMNS.index(name) for name in columns]
+    for column in columns:
+        pairs.add_column(column, justify="left" if column == "pair" else "right")
+    for row in reports.pair_rows(report):
+        pairs.add_row(*(row[k] for k in kept))
+    console.print(pairs)
+    policies = Table()
+    for column in ("policy", "mean length", reports.log_ratio_name(report.setting)):
+        policies.add_column(column, justify="left" if column == "policy" else "right")
+    for name, _, length, *_, ratio in reports.policy_rows(report):
+        policies.add_row(name, length, ratio)
+    console.print(policies)
     console.print(f"page     {directory / 'report.html'}")
     console.print(f"numbers  {directory / 'report.json'}  {directory / 'report.md'}")

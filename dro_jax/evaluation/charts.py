@@ -143,6 +143,8 @@ def plane(report: Report) -> str | None:
     points = [point for point in points if math.isfinite(point[2].mean + point[3])]
     if not points:
         return None
+    distances = [ratio.mean for _, _, ratio, _, _ in points]
+    middle = (min(distances) + max(distances)) / 2
     with mpl.rc_context(_STYLE):
         figure = Figure((_WIDTH, 3.2))
         axes = figure.add_subplot()
@@ -155,7 +157,15 @@ def plane(report: Report) -> str | None:
                 axes.plot([x - reach, x + reach], [y, y], color=colour, linewidth=1.2)
             axes.plot([x, x], [100 * low, 100 * high], color=colour, linewidth=1.2)
             axes.plot(x, y, "o", color=colour, markersize=6)
-            axes.annotate(_plain(policy.name), (x, y), (6, 5), textcoords="offset points")
+            # Towards the middle, and without a say in the size of the axes.
+            leftwards = x > middle
+            axes.annotate(
+                _plain(policy.name),
+                (x, y),
+                (-6 if leftwards else 6, 5),
+                textcoords="offset points",
+                ha="right" if leftwards else "left",
+            ).set_in_layout(False)
         axes.margins(x=0.2, y=0.2)
         axes.set_xlabel(f"{log_ratio_name(report.setting)}, nats a sequence")
         axes.set_ylabel(_plain(f"win rate over {against.name}, %"))

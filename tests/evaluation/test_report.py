@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -176,3 +179,17 @@ def test_the_plane_compares_with_the_reference_or_else_the_first():
 
 def test_hostile_text_is_there_to_be_escaped():
     assert made_up().prompts[1] == HOSTILE
+
+
+def test_reports_need_neither_tensorflow_nor_seqio_nor_gin():
+    modules = ("side_by_side", "report", "charts", "page")
+    code = f"import sys\n{';'.join(f'import dro_jax.evaluation.{name}' for name in modules)}\n"
+    code += "print([m for m in ('gin', 'seqio', 'tensorflow', 'clu', 'tensorboard') if m in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
