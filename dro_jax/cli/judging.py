@@ -55,7 +55,7 @@ def load_judge(name: str, *, cache: str | os.PathLike[str]) -> Judge:
         return judge_by_reward(learnt_reward(rest, with_value=kind == "value"))
     if kind == "reward" and rest:
         return judge_by_reward(function_reward(rest))
-    raise UsageError(f"{name}: there is no such judge; give {NAMES}")
+    raise UsageError(f"--judge={name}: there is no such judge; give {NAMES}")
 
 
 def endpoint_of_environment() -> Endpoint:

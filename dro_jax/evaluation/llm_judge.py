@@ -17,10 +17,11 @@ import os
 import random
 import re
 import sqlite3
+import sys
 import threading
 import time
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
 import httpx
@@ -63,8 +64,8 @@ LONGEST_DELAY = 60.0
 SHORTEST_SECRET = 8
 """Characters. Shorter keys, such as "none", are for servers that do not look at them, and may be any word."""
 
-UNANSWERED_IN_A_ROW = 10
-"""Questions given up, one after the other, after which the endpoint is taken to be gone."""
+GIVEN_UP_IN_A_ROW = 16
+"""Questions without an answer, one after the other, after which the endpoint is taken to be out of order."""
 
 AHEAD = 4
 """Comparisons under way for each request that may be, so that a slow one does not hold up the others."""
@@ -106,9 +107,11 @@ class Endpoint:
             )
         if not self.model.strip():
             raise UsageError("DRO_JAX_JUDGE_MODEL is empty: give the judge's name at the endpoint")
-        if not re.fullmatch(r"[!-~]*", self.key):
+        # Without what JSON would write otherwise, too.
+        if not re.fullmatch(r"[!#-\[\]-~]*", self.key):
             raise UsageError(
-                "OPENAI_API_KEY holds white space or characters that are not ASCII: give the key alone"
+                "OPENAI_API_KEY holds white space, quotation marks, backslashes or characters that are not ASCII: give "
+                "the key alone"
             )
 
     @property
@@ -202,9 +205,9 @@ class LlmJudge:
             concurrent.futures.wait((first, stopped), return_when="FIRST_COMPLETED")
             return (stopped if stopped.done() else first).result()
 
-        with contextlib.closing(ReplyCache(self.cache)) as replies, _event_loop() as loop:
+        with contextlib.closing(ReplyCache(self.cache)) as replies:
             questions = _Questions(self, replies, stopped)
-            try:
+            with _event_loop(questions.close) as loop:
                 for comparison in comparisons:
                     verdict = questions.verdict(comparison)
                     under_way.append(asyncio.run_coroutine_threadsafe(verdict, loop))
@@ -212,8 +215,6 @@ class LlmJudge:
                         yield next_verdict()
                 while under_way:
                     yield next_verdict()
-            finally:
-                asyncio.run_coroutine_threadsafe(questions.close(), loop).result()
 
 
 def check_template(template: str, where: str = "the judge's template") -> None:
@@ -265,6 +266,9 @@ class ReplyCache:
             self._database = sqlite3.connect(self._path, timeout=60, check_same_thread=False)
         try:
             with self._naming_the_file(), self._database:
+                ((health,),) = self._database.execute("PRAGMA quick_check(1)")
+                if health != "ok":
+                    raise sqlite3.DatabaseError(health)
                 self._database.execute(
                     "CREATE TABLE IF NOT EXISTS replies (question TEXT PRIMARY KEY, reply TEXT) WITHOUT ROWID"
                 )
@@ -294,19 +298,34 @@ class ReplyCache:
         try:
             yield
         except sqlite3.Error as error:
+            reason = " ".join(str(error).split())
             raise UsageError(
-                f"{self._path}: cannot be used to keep the judge's replies ({error}); give a file in a folder that "
+                f"{self._path}: cannot be used to keep the judge's replies ({reason}); give a file in a folder that "
                 "can be written, or move a damaged one away, whose replies are then asked for again"
             ) from error
 
 
 class _Unanswered(Exception):
-    """A request that brought no reply and may be sent again; `delay` is what the server asks for, seconds."""
+    """A request that brought no reply and may be sent again.
 
-    def __init__(self, problem: str, delay: float | None = None, *, limited: bool = False) -> None:
+    Attributes:
+      delay: what the server asks for, seconds; None where it does not.
+      limited: it was one too many.
+      gone: there was nobody to send it to.
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        delay: float | None = None,
+        *,
+        limited: bool = False,
+        gone: bool = False,
+    ) -> None:
         super().__init__(problem)
         self.delay = delay
         self.limited = limited
+        self.gone = gone
 
 
 class _GivenUpError(Exception):
@@ -382,6 +401,7 @@ class _Questions:
         kept = self.replies.get(key)
         if kept is not None:
             self.judge.usage.cached += 1
+            self._answered()
             return kept
         if key not in self.under_way:
             self.under_way[key] = asyncio.ensure_future(self._pay(key, json.dumps(body)))
@@ -392,47 +412,51 @@ class _Questions:
         """Sends a question until it is answered, and keeps the reply."""
         judge, clock = self.judge, asyncio.get_running_loop().time
         faults, limits, held_up = 0, 0, 0.0
-        while True:
-            try:
-                async with self.slots:
-                    while (left := self.paused_until - clock()) > 0:
-                        await asyncio.sleep(left)
+        # Held between tries too: an endpoint in trouble is not asked other things meanwhile.
+        async with self.slots:
+            while True:
+                while (left := self.paused_until - clock()) > 0:
+                    await asyncio.sleep(left)
+                try:
                     reply = await self._send(body)
-            except _Unanswered as problem:
-                self._tell(problem)
-                limits += problem.limited
-                faults += not problem.limited
-                if faults == judge.tries:
-                    raise self._give_up(problem) from None
-                delay = self._delay(problem, limits if problem.limited else faults)
-                if problem.limited or problem.delay is not None:
-                    held_up += delay
-                if held_up > judge.patience:
-                    raise JudgeUnavailableError(
-                        f"{judge.endpoint.url}: {problem}, and asks to wait for longer than {judge.patience:g} s; "
-                        "what was answered is kept: run the same command later"
-                    ) from None
-                if problem.limited:
-                    # The limit is for all questions.
-                    self.paused_until = max(self.paused_until, clock() + delay)
-                else:
-                    await asyncio.sleep(delay)
-            else:
-                self.replies.put(key, reply)
-                judge.usage.replies += 1
-                self.answered_once, self.given_up = True, 0
-                return reply
+                    break
+                except _Unanswered as problem:
+                    self._tell(problem)
+                    limits += problem.limited
+                    faults += not problem.limited
+                    if faults == judge.tries:
+                        raise self._give_up(problem) from None
+                    delay = self._delay(problem, limits if problem.limited else faults)
+                    if problem.limited or problem.delay is not None:
+                        held_up += delay
+                    if held_up > judge.patience:
+                        raise JudgeUnavailableError(
+                            f"{judge.endpoint.url}: {problem}, and asks to wait for longer than {judge.patience:g} s; "
+                            "what was answered is kept: run the same command later"
+                        ) from None
+                    if problem.limited:
+                        # The limit is for all questions.
+                        self.paused_until = max(self.paused_until, clock() + delay)
+                    else:
+                        await asyncio.sleep(delay)
+        self.replies.put(key, reply)
+        judge.usage.replies += 1
+        self._answered()
+        return reply
 
     def _delay(self, problem: _Unanswered, times: int) -> float:
         if problem.delay is not None:
-            # Who says 0 every time is not to be asked without a pause.
-            return max(problem.delay, self.judge.first_delay / 2)
+            return problem.delay
         longest = min(LONGEST_DELAY, self.judge.first_delay * 2 ** (times - 1))
         return random.uniform(longest / 2, longest)
 
+    def _answered(self) -> None:
+        self.answered_once, self.given_up = True, 0
+
     def _give_up(self, problem: _Unanswered) -> Exception:
+        """What a question that was sent as often as it may be means: for itself alone, or for the evaluation."""
         self.given_up += 1
-        if self.answered_once and self.given_up < UNANSWERED_IN_A_ROW:
+        if self.answered_once and not problem.gone and self.given_up < GIVEN_UP_IN_A_ROW:
             return _GivenUpError(str(problem))
         return JudgeUnavailableError(
             f"{self.judge.endpoint.url}: {problem}, {self.judge.tries} times; check OPENAI_BASE_URL and the server. "
@@ -472,7 +496,8 @@ class _Questions:
         except httpx.HTTPError as error:
             said = endpoint.without_key(" ".join(str(error).split()))
             raise _Unanswered(
-                f"{said or 'the connection failed'} ({type(error).__name__})"
+                f"{said or 'the connection failed'} ({type(error).__name__})",
+                gone=isinstance(error, httpx.ConnectError),
             ) from None
         if response.is_success:
             return endpoint.without_key(_content(bytes(received)))
@@ -487,9 +512,8 @@ def _client(judge: LlmJudge) -> httpx.AsyncClient:
     }
     if judge.endpoint.key:
         headers["Authorization"] = f"Bearer {judge.endpoint.key}"
-    limits = httpx.Limits(max_connections=judge.concurrency)
-    # `_send` has a limit for the response as a whole.
-    return httpx.AsyncClient(headers=headers, timeout=None, limits=limits)
+    # `_pay` has a limit for the connections, and `_send` one for the response as a whole.
+    return httpx.AsyncClient(headers=headers, timeout=None, limits=httpx.Limits())
 
 
 def _content(body: bytes) -> str:
@@ -503,7 +527,9 @@ def _content(body: bytes) -> str:
 
 def _refusal(endpoint: Endpoint, response: httpx.Response, body: bytes) -> Exception:
     """What to do about a response that is not of the 200s."""
-    status, said = response.status_code, endpoint.without_key(_error_message(body))
+    status = response.status_code
+    # Cut when the key is out of it: half a key is no key to look for.
+    said = endpoint.without_key(_error_message(body))[:200]
     answer = f"{status}: {said}" if said else str(status)
     if status == 429 and "insufficient_quota" not in body.decode("utf-8", "replace"):
         return _Unanswered("too many requests (429)", _retry_after(response), limited=True)
@@ -525,7 +551,7 @@ def _refusal(endpoint: Endpoint, response: httpx.Response, body: bytes) -> Excep
 
 
 def _error_message(body: bytes) -> str:
-    """What a server says is wrong: its JSON's message or else the body's beginning, as one printable line."""
+    """What a server says is wrong: its JSON's message or else the body, as one printable line."""
     text = body.decode("utf-8", "replace")
     with contextlib.suppress(ValueError, RecursionError):
         error: Any = json.loads(text)
@@ -534,20 +560,20 @@ def _error_message(body: bytes) -> str:
         if isinstance(error, dict):
             error = error.get("message", error)
         text = error if isinstance(error, str) else json.dumps(error)
-    return "".join(c for c in " ".join(text.split()) if c.isprintable())[:200]
+    return "".join(c for c in " ".join(text.split()) if c.isprintable())
 
 
 def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds that a server asks to wait, None where it does not say (or not intelligibly)."""
-    asked = response.headers.get("Retry-After", "")
-    if re.fullmatch(r"\d{1,9}(\.\d+)?", asked.strip()):
-        return float(asked)
-    then = _timestamp(asked)
-    if then is None:
-        return None
-    # By the server's own clock, where it shows one.
-    now = _timestamp(response.headers.get("Date", ""))
-    return max(0.0, then - (time.time() if now is None else now))
+    """Seconds that a server asks to wait, None where it asks for no wait (or not intelligibly)."""
+    asked = response.headers.get("Retry-After", "").strip()
+    seconds = 0.0
+    if re.fullmatch(r"\d{1,9}(\.\d+)?", asked):
+        seconds = float(asked)
+    elif (then := _timestamp(asked)) is not None:
+        # By the server's own clock, where it shows one.
+        now = _timestamp(response.headers.get("Date", ""))
+        seconds = then - (time.time() if now is None else now)
+    return seconds if seconds > 0 else None
 
 
 def _timestamp(date: str) -> float | None:
@@ -558,14 +584,19 @@ def _timestamp(date: str) -> float | None:
 
 
 @contextlib.contextmanager
-def _event_loop() -> Iterator[asyncio.AbstractEventLoop]:
-    """An event loop in a thread of its own, so that callers may have one too."""
+def _event_loop(
+    close: Callable[[], Coroutine[Any, Any, None]],
+) -> Iterator[asyncio.AbstractEventLoop]:
+    """An event loop in a thread of its own, so that callers may have one too; `close` is the last it does."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, name="llm_judge", daemon=True)
     thread.start()
     try:
         yield loop
     finally:
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+        # Where the program itself ends, the thread has ended already and would be waited for in vain.
+        if not sys.is_finalizing():
+            asyncio.run_coroutine_threadsafe(close(), loop).result()
+            loop.call_soon_threadsafe(loop.stop)
+            thread.join()
+            loop.close()

@@ -13,7 +13,7 @@ import pytest
 
 from dro_jax.data import batches, feedback, packing, tasks
 from dro_jax.data.feedback import FeedbackFile, RewardStatistics
-from dro_jax.data.packing import fill_rows, pack, text_lengths
+from dro_jax.data.packing import fill_rows, pack, packed_batches, text_lengths
 from dro_jax.data.vocabulary import load_vocabulary
 
 
@@ -44,6 +44,31 @@ def test_best_fit_by_hand():
 def test_an_example_longer_than_a_row_is_refused():
     with pytest.raises(ValueError, match=r"an example of \[11  3\] tokens does not fit \[10, 5\]"):
         pack(np.array([[11, 2], [4, 3]]), [10, 5], 4)
+
+
+def test_batches_of_packed_rows_hold_each_example_once(monkeypatch):
+    monkeypatch.setattr(packing, "WINDOW", 20)
+    rng = np.random.default_rng(0)
+    examples = [
+        example(rng.integers(2, 9, size), rng.integers(2, 9, size // 2 + 1), 0.5)
+        for size in rng.integers(1, 11, 50)
+    ]
+    seen = []
+    for batch, rows in packed_batches(
+        examples, lengths={"inputs": 12, "targets": 9}, max_examples=3, batch_size=4
+    ):
+        assert batch["encoder_input_tokens"].shape == (4, 12)
+        assert batch["decoder_target_tokens"].shape == (4, 9)
+        assert len(rows) <= 4
+        assert batch["reward_weights"].sum() == sum(len(row) for row in rows)
+        for row, numbers in enumerate(rows):
+            for slot, number in enumerate(numbers, 1):
+                for side, name in (("encoder_input", "inputs"), ("decoder_target", "targets")):
+                    tokens = batch[f"{side}_tokens"][row]
+                    own = batch[f"{side.split('_')[0]}_segment_ids"][row] == slot
+                    np.testing.assert_array_equal(tokens[own], examples[number][name])
+            seen += numbers
+    assert sorted(seen) == list(range(50))
 
 
 def test_rows_are_near_the_fewest_possible():
