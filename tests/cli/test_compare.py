@@ -425,7 +425,7 @@ def test_mistakes_are_told_before_anything_is_written(compared, sft_run, dro_v_r
     refused(compared(a, b, "--top_p=2")[0], "top_p is 2.0; expected")
     refused(compared(a, b, "--seed=-1")[0], "--seed -1: give a number")
     refused(compared(a, b, f"--reference={place}")[0], f"{place}: no checkpoint here")
-    refused(compared(a, b, judge="nobody")[0], "nobody: there is no such judge")
+    refused(compared(a, b, judge="nobody")[0], "--judge=nobody: there is no such judge")
     assert not (place / "out").exists()
     (place / "file").write_text("")
     refused(compared(a, b, output="file/out")[0], "file/out")
