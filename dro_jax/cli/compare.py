@@ -592,10 +592,10 @@ def show(report: reports.Report, directory: epath.Path) -> None:
     """Prints the numbers, and where everything lies."""
     console.print(reports.headline(report), style="bold")
     pairs = Table(title=f"{len(report.prompts)} prompts", title_justify="left")
-    columns = ("pair", "win rate", "95% interval", "folds", "p", "length-controlled")
+    columns = ("pair", "win rate", "95% interval", "folds", "p")
     kept = [reports.PAIR_COLUMNS.index(name) for name in columns]
     for column in columns:
-        pairs.add_column(column, justify="left" if column == "pair" else "right")
+        pairs.add_column(column, justify="left" if column == "pair" else "right", no_wrap=True)
     for row in reports.pair_rows(report):
         pairs.add_row(*(row[k] for k in kept))
     console.print(pairs)

@@ -38,7 +38,7 @@ def to_html(report: Report) -> str:
     parts = {
         "title": html.escape(f"Side by side: {names}"),
         "kicker": html.escape(f"Side by side: {names}"),
-        "headline": html.escape(headline(report)),
+        "headline": html.escape(headline(report)).replace("p = ", "p&nbsp;=&nbsp;"),
         "facts": _facts(report),
         "matrix": _matrix(report),
         "matrix_width": " whole-row" if len(report.policies) > 4 else "",

@@ -320,7 +320,7 @@ PAIR_COLUMNS = (
     "95% interval",
     "folds",
     "p",
-    "length-controlled",
+    "length controlled",
     "wins",
     "ties",
     "losses",

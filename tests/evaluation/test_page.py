@@ -93,6 +93,17 @@ def test_no_text_of_others_becomes_markup(page):
     assert found["pairs"][0]["reasons"][0] == f"because {HOSTILE}"
 
 
+def test_the_matrix_shows_the_row_s_win_rate_over_the_column_s(report, page):
+    labels = [a["aria-label"] for tag, a in Elements(page).tags if "data-pair" in a]
+    pairs = [(row, column) for row in range(3) for column in range(3) if row != column]
+    matrix = report.matrix()
+    assert re.findall(r"<b>([\d.]+%)</b>", page) == [f"{matrix[pair]:.1%}" for pair in pairs]
+    for label, (row, column) in zip(labels, pairs, strict=True):
+        assert label.startswith(f"{NAMES[row]} over {NAMES[column]}: {matrix[row, column]:.1%}")
+    tones = re.findall(r"--tone: var\(--(\w+)\)", page)
+    assert tones == ["win" if matrix[pair] >= 0.5 else "lose" for pair in pairs]
+
+
 def test_what_is_filled_in_is_not_filled_in_again():
     page = to_html(made_up(prompts=3, names=("{{data}}", "{{script}}")))
     assert "Side by side: {{data}} and {{script}}" in page
@@ -174,7 +185,9 @@ return answer;
 
 
 @pytest.fixture(
-    scope="module", params=[(1200, False), (1200, True), (375, False), (375, True)], ids=str
+    scope="module",
+    params=[(1200, False), (1200, True), (375, False), (375, True)],
+    ids=["desktop-light", "desktop-dark", "phone-light", "phone-dark"],
 )
 def seen(page, request):
     width, dark = request.param

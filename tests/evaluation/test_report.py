@@ -66,8 +66,9 @@ def test_the_headline_of_three_names_the_best_and_its_closest_rival():
         "p1 wins most often, 76.2% on average over the others, but not clearly: 52.5%"
     )
     # Three pairs: what is clear alone (p = 0.04) is not after Holm's adjustment.
-    hardly = report_of("B" * 27 + "A" * 13, "B" * 20 + "A" * 20, "A" * 20 + "B" * 20)
+    hardly = report_of("B" * 27 + "A" * 13, "B" * 20 + "A" * 20, "A" * 28 + "B" * 12)
     assert hardly.pairs[0].p_value < 0.05 < hardly.pairs[0].adjusted_p_value
+    assert "but not clearly: 67.5%" in headline(hardly)
 
 
 def test_json_has_the_numbers_and_no_nan():
