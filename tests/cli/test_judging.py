@@ -3,7 +3,7 @@
 import sys
 import textwrap
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 import pytest
 
@@ -22,27 +22,22 @@ ANSWERS = ["a b c d", "d b", "", "longer than what it is cut to", "abcdefg", "ab
 
 
 @pytest.fixture(scope="module")
-def per_token_run(tmp_path_factory, train, sft_run):
+def per_token_run(tmp_path_factory, train):
     """A value network with a value a token, moved well away from where it starts."""
-    return _trained(tmp_path_factory, train, sft_run)
+    return _trained(tmp_path_factory, train)
 
 
 @pytest.fixture(scope="module")
-def single_net_run(tmp_path_factory, train, sft_run):
+def single_net_run(tmp_path_factory, train):
     """The same in one network, with means over tokens."""
-    own = {
-        "INIT_CHECKPOINT": None,
-        "algorithms__DroV__networks": "single",
-        "algorithms__DroV__log_probs": "mean",
-    }
-    return _trained(tmp_path_factory, train, sft_run, **own)
+    own = {"algorithms__DroV__networks": "single", "algorithms__DroV__log_probs": "mean"}
+    return _trained(tmp_path_factory, train, **own)
 
 
-def _trained(tmp_path_factory, train, sft_run, **settings):
+def _trained(tmp_path_factory, train, **settings):
     directory = tmp_path_factory.mktemp("runs") / "run"
     defaults = {
         "MODEL_DIR": str(directory),
-        "INIT_CHECKPOINT": str(sft_run.directory),
         "algorithms__DroV__values": "per_token",
         "POLICY_LEARNING_RATE": 0.02,
         "VALUE_LEARNING_RATE": 0.05,
@@ -52,41 +47,50 @@ def _trained(tmp_path_factory, train, sft_run, **settings):
     return directory
 
 
+@pytest.fixture(scope="module")
+def implied_reward(per_token_run):
+    return learnt_reward(str(per_token_run), with_value=False)
+
+
 def tokens_of(text, limit, *, cut_keeps_end):
     ids = [byte + 3 for byte in text.encode()]
     return [*ids[: limit - 1], 1] if cut_keeps_end else [*ids, 1][:limit]
 
 
 def expected_rewards(run, prompts, answers, *, single_net=False, mean=False, with_value=False):
-    """Eq. 3 one answer at a time, unpacked, from logits in float64."""
+    """Eq. 3 with an answer a row, from logits in float64."""
     policy, reference = load_policy(str(run)), load_policy(str(run / "reference"))
-    rewards = []
-    for prompt, answer in zip(prompts, answers, strict=True):
-        inputs = jnp.array([tokens_of(prompt, 13, cut_keeps_end=True)])
-        targets = tokens_of(answer, 8, cut_keeps_end=False)
-        shifted = jnp.array([[0, *targets[:-1]]])
-        log_probs = []
-        for params in (policy.params, reference.params):
-            logits = np.asarray(T5(policy.config).apply({"params": params}, inputs, shifted)[0])
-            logits = logits.astype(np.float64)
-            log_softmax = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
-            chosen = log_softmax[np.arange(len(targets)), targets]
-            log_probs.append(chosen.mean() if mean else chosen.sum())
-        reward = TAU * (log_probs[0] - log_probs[1])
-        if with_value and single_net:
-            _, values = T5(policy.config).apply(
-                {"params": policy.params}, inputs, shifted, method="logits_and_values"
-            )
-            reward += float(values[0, len(targets) - 1])
-        elif with_value:
-            abstract = layout_of(policy.config, has_value=True).abstract().value
-            value = checkpoints.restore_value(*checkpoints.find(run), abstract)
-            values = ValueNetwork(policy.config).apply(
-                {"params": value}, inputs, shifted, method="per_token"
-            )
-            reward += float(values[0, len(targets) - 1])
-        rewards.append(reward)
-    return np.array(rewards)
+    inputs, targets = np.zeros((len(prompts), 13), np.int32), np.zeros((len(prompts), 8), np.int32)
+    lengths = []
+    for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
+        ids = tokens_of(prompt, 13, cut_keeps_end=True)
+        inputs[row, : len(ids)] = ids
+        ids = tokens_of(answer, 8, cut_keeps_end=False)
+        targets[row, : len(ids)] = ids
+        lengths.append(len(ids))
+    shifted = np.pad(targets, ((0, 0), (1, 0)))[:, :-1]
+
+    def network(module, params, method):
+        apply = jax.jit(
+            lambda params: module.apply({"params": params}, inputs, shifted, method=method)
+        )
+        return jax.tree.map(lambda x: np.asarray(x, np.float64), apply(params))
+
+    log_probs, values = [], None
+    for params in (reference.params, policy.params):
+        logits, values = network(T5(policy.config), params, "logits_and_values")
+        log_softmax = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        chosen = np.take_along_axis(log_softmax, targets[:, :, None], axis=2)[:, :, 0]
+        sums = [row[:length].sum() for row, length in zip(chosen, lengths, strict=True)]
+        log_probs.append(np.array(sums) / (lengths if mean else 1))
+    rewards = TAU * (log_probs[1] - log_probs[0])
+    if with_value and not single_net:
+        abstract = layout_of(policy.config, has_value=True).abstract().value
+        value = checkpoints.restore_value(*checkpoints.find(run), abstract)
+        values = network(ValueNetwork(policy.config), value, "per_token")
+    if with_value:
+        rewards += [row[length - 1] for row, length in zip(values, lengths, strict=True)]
+    return rewards
 
 
 PAIRS = [(prompt, answer) for prompt in PROMPTS for answer in ANSWERS]
@@ -107,7 +111,7 @@ def test_the_reward_of_a_run_is_eq_3(request, single_net, with_value):
     np.testing.assert_allclose(got, expected, atol=1e-4)
 
 
-def test_a_reward_does_not_depend_on_what_it_is_computed_with(per_token_run, monkeypatch):
+def test_a_reward_does_not_depend_on_what_it_is_computed_with(implied_reward, monkeypatch):
     batches = []
     original = judging.loop.to_devices
 
@@ -116,23 +120,20 @@ def test_a_reward_does_not_depend_on_what_it_is_computed_with(per_token_run, mon
         return original(batch, sharding)
 
     monkeypatch.setattr(judging.loop, "to_devices", watched)
-    reward = learnt_reward(str(per_token_run), with_value=True)
     rng = np.random.default_rng(0)
-    answers = ["".join(rng.choice(list("abcd "), 6)) for _ in range(300)]
-    prompts = [PROMPTS[0]] * 300
-    together = reward(prompts, answers)
-    # One prompt a row fills 32 rows nine times and then some.
-    assert set(batches) == {(32, 13), (16, 13)}
+    answers = ["".join(rng.choice(list("abcd "), 6)) for _ in range(75)]
+    together = implied_reward([PROMPTS[0]] * 75, answers)
+    # One such prompt fills a row.
+    assert batches == [(32, 13), (32, 13), (16, 13)]
     batches.clear()
     # With another prompt that fits into a row with itself.
-    few = reward([PROMPTS[0], "", PROMPTS[0], ""], ["a", "b", *answers[:2]])
+    few = implied_reward([PROMPTS[0], "", PROMPTS[0], ""] * 3, ["a", "b", *answers[:2]] * 3)
     assert batches == [(8, 13)]
     np.testing.assert_allclose(few[2], together[0], atol=1e-5)
 
 
-def test_the_judge_prefers_what_the_run_does(per_token_run, tmp_path, caplog):
-    reward = learnt_reward(str(per_token_run), with_value=False)
-    a, b = reward([PROMPTS[0]] * 2, ["a b c d", "d b"])
+def test_the_judge_prefers_what_the_run_does(per_token_run, implied_reward, tmp_path, caplog):
+    a, b = implied_reward([PROMPTS[0]] * 2, ["a b c d", "d b"])
     judge = load_judge(f"implied_reward:{per_token_run}", cache=tmp_path / "c")
     comparisons = [
         Comparison(PROMPTS[0], "a b c d", "d b"),
@@ -142,36 +143,42 @@ def test_the_judge_prefers_what_the_run_does(per_token_run, tmp_path, caplog):
     verdicts = list(judge(comparisons))
     better, worse = ("A", "B") if a > b else ("B", "A")
     assert [v.winner for v in verdicts] == [better, worse, "tie"]
+    assert verdicts[0].reason == f"reward {a:.6g} against {b:.6g}"
     assert caplog.messages == ["answers are judged by their first 8 tokens: 2 of 4 are longer"]
 
 
-def test_value_judges_with_the_value(per_token_run, tmp_path):
+def test_value_judges_with_the_value(per_token_run, implied_reward, tmp_path):
+    texts = [PROMPTS[0]] * 2, ["a b c d", "d b"]
+    a, b = expected_rewards(per_token_run, *texts, with_value=True)
     judge = load_judge(f"value:{per_token_run}", cache=tmp_path / "c")
     (verdict,) = judge([Comparison(PROMPTS[0], "a b c d", "d b")])
-    a, b = learnt_reward(str(per_token_run), with_value=True)([PROMPTS[0]] * 2, ["a b c d", "d b"])
-    assert verdict.reason == f"reward {a:.6g} against {b:.6g}"
+    _, of_a, _, of_b = verdict.reason.split()
+    np.testing.assert_allclose([float(of_a), float(of_b)], [a, b], atol=1e-4)
+    assert np.abs(implied_reward(*texts) - [a, b]).max() > 1e-3
 
 
-def test_one_checkpoint_of_a_run_can_judge(per_token_run):
-    newest, older = (
-        learnt_reward(str(path), with_value=False)([PROMPTS[0]], ["a b"])
-        for path in (per_token_run / "checkpoint_6", per_token_run / "checkpoint_4")
-    )
-    assert newest == learnt_reward(str(per_token_run), with_value=False)([PROMPTS[0]], ["a b"])
-    assert abs(newest - older) > 1e-4
+def test_one_checkpoint_of_a_run_can_judge(per_token_run, implied_reward):
+    older = learnt_reward(str(per_token_run / "checkpoint_4"), with_value=False)
+    texts = [PROMPTS[0]], ["a b"]
+    assert abs(older(*texts) - implied_reward(*texts)) > 1e-4
 
 
-def test_a_run_without_a_reference_has_no_reward(sft_run, per_token_run, tmp_path):
-    for name in (sft_run.directory, per_token_run / "reference"):
-        with pytest.raises(UsageError, match=r"has no reference, and so no reward of its own"):
-            load_judge(f"implied_reward:{name}", cache=tmp_path / "c")
+def test_what_has_no_reference_has_no_reward(per_token_run, tmp_path):
+    with pytest.raises(UsageError, match=r"has no reference, and so no reward of its own"):
+        load_judge(f"implied_reward:{per_token_run / 'reference'}", cache=tmp_path / "c")
 
 
-def test_a_value_of_the_prompt_alone_does_not_judge(dro_v_run, tmp_path):
+def test_a_value_of_the_prompt_alone_does_not_judge(per_token_run, tmp_path, monkeypatch):
+    read = checkpoints.read_meta
+
+    def of_another_method(*arguments):
+        meta = read(*arguments)
+        return meta | {"settings": meta["settings"] | {"VALUES": "multiple"}}
+
+    monkeypatch.setattr(checkpoints, "read_meta", of_another_method)
     with pytest.raises(UsageError) as raised:
-        load_judge(f"value:{dro_v_run.directory}", cache=tmp_path / "c")
-    assert f"give implied_reward:{dro_v_run.directory}, or" in str(raised.value)
-    load_judge(f"implied_reward:{dro_v_run.directory}", cache=tmp_path / "c")
+        load_judge(f"value:{per_token_run}", cache=tmp_path / "c")
+    assert f"give implied_reward:{per_token_run}, or" in str(raised.value)
 
 
 # A Python function.
