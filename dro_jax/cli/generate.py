@@ -143,8 +143,8 @@ def complete(
       first: place of the first of these prompts in the list.
 
     Yields:
-      One completion a prompt, in the order of the prompts; `sampling.WINDOW` batches at once, since prompts of
-      like length share a batch.
+      One completion a prompt, in the order of the prompts. Prompts of like length share a batch, so that one may
+      come up to `sampling.WINDOW` batches after the prompt before it.
     """
     vocabulary, longest = policy.vocabulary, policy.lengths["inputs"]
     sampled = sample_prompts(

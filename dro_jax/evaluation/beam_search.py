@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from dro_jax.networks import T5, T5Config
+from dro_jax.networks.sharding import by_rows
 
 Array = jax.Array
 
@@ -67,7 +68,7 @@ def beam_search(
         )
         log_probs = jax.nn.log_softmax(logits).reshape(rows, beams, -1)
         log_probs = log_probs + live_log_probs[:, :, None]
-        best, at = jax.lax.top_k(log_probs.reshape(rows, -1), 2 * beams)
+        best, at = top_k(log_probs.reshape(rows, -1), 2 * beams)
         parent, token = at // logits.shape[-1], at % logits.shape[-1]
         candidates = pick(live, parent)
         candidates = jax.lax.dynamic_update_slice_in_dim(
@@ -79,10 +80,10 @@ def beam_search(
         length = (index + 1).astype(jnp.float32) ** length_penalty
         scores = jnp.where(finishes, best[:, :beams] / length, -jnp.inf)
         scores = jnp.concatenate([finished_scores, scores], axis=1)
-        finished_scores, kept = jax.lax.top_k(scores, beams)
+        finished_scores, kept = top_k(scores, beams)
         finished = pick(jnp.concatenate([finished, candidates[:, :beams]], axis=1), kept)
 
-        live_log_probs, kept = jax.lax.top_k(jnp.where(ends, -jnp.inf, best), beams)
+        live_log_probs, kept = top_k(jnp.where(ends, -jnp.inf, best), beams)
         live, parent = pick(candidates, kept), pick(parent, kept)
         caches = [reorder(cache, parent) for cache in caches]
         done = done | (live_log_probs[:, 0] / length <= finished_scores[:, -1])
@@ -95,6 +96,11 @@ def beam_search(
     done = jnp.all(encoder_input_tokens == 0, axis=1)
     carry: tuple[Any, ...] = (jnp.int32(0), done, none, one, none, worst, caches)
     return jax.lax.while_loop(unfinished, step, carry)[4][:, 0]
+
+
+def top_k(x: Array, k: int) -> tuple[Array, Array]:
+    """The k largest of each row [B, C], and their places."""
+    return cast(tuple[Array, Array], by_rows(lambda rows: jax.lax.top_k(rows, k), x))
 
 
 def pick(of_beams: Array, chosen: Array) -> Array:

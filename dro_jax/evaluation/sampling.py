@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike
 
-from dro_jax.evaluation.beam_search import beam_search
+from dro_jax.evaluation.beam_search import beam_search, top_k
 from dro_jax.networks import T5, T5Config
 from dro_jax.networks.sharding import Rules, constrain, laid_over
 from dro_jax.networks.t5 import weights_in_use
@@ -21,7 +21,7 @@ from dro_jax.networks.t5 import weights_in_use
 Array = jax.Array
 Sampler = Callable[[Any, ArrayLike, ArrayLike, ArrayLike], Array]
 
-SHORTEST = 16
+SHORTEST = 32
 """Tokens that the shortest prompts are padded to; each further length is twice the one before."""
 
 WINDOW = 8
@@ -180,7 +180,7 @@ def choose(logits: Array, keys: Array, decoding: Decoding) -> Array:
         return jnp.argmax(logits, axis=-1).astype(jnp.int32)
     logits = logits / decoding.temperature
     if decoding.top_k:
-        kth = jax.lax.top_k(logits, min(decoding.top_k, logits.shape[-1]))[0][:, -1:]
+        kth = top_k(logits, min(decoding.top_k, logits.shape[-1]))[0][:, -1:]
         logits = jnp.where(logits < kth, -jnp.inf, logits)
     if decoding.top_p < 1:
         descending = -jnp.sort(-logits, axis=-1)
@@ -218,25 +218,29 @@ def sample_prompts(
       shards: parts that rows are cut into; batches are filled up to a multiple.
 
     Yields:
-      int32 [max_tokens] for each prompt, in the order of the prompts, `WINDOW` batches at once.
+      int32 [max_tokens] for each prompt, in the order of the prompts, at the latest `WINDOW` batches on.
     """
     # A short list is no reason to compute empty rows, nor every length of list for a program of its own.
     rows = min(batch_size, 1 << (len(prompts) - 1).bit_length())
     rows = shards * math.ceil(rows / shards)
+    lengths = [encoder_length(len(prompt), longest) for prompt in prompts]
+    sampled: dict[int, np.ndarray] = {}
+    answered = 0
     for start in range(0, len(prompts), WINDOW * rows):
         window = range(start, min(start + WINDOW * rows, len(prompts)))
-        by_length = sorted(window, key=lambda place: len(prompts[place]))
-        sampled: dict[int, np.ndarray] = {}
+        by_length = sorted(window, key=lengths.__getitem__)
         for at in range(0, len(by_length), rows):
             batch = by_length[at : at + rows]
-            tokens = np.zeros((rows, encoder_length(len(prompts[batch[-1]]), longest)), np.int32)
-            for row, place in enumerate(batch):
-                tokens[row, : len(prompts[place])] = prompts[place]
+            tokens = np.zeros((rows, lengths[batch[-1]]), np.int32)
             places = np.zeros(rows, np.int32)
             places[: len(batch)] = first + np.array(batch)
+            for row, place in enumerate(batch):
+                tokens[row, : len(prompts[place])] = prompts[place]
             completions = np.asarray(sampler(policy, tokens, seed, places))
-            sampled |= zip(batch, completions[: len(batch)], strict=True)
-        yield from (sampled[place] for place in window)
+            sampled.update(zip(batch, completions[: len(batch)], strict=True))
+            while answered in sampled:
+                yield sampled.pop(answered)
+                answered += 1
 
 
 def encoder_length(tokens: int, longest: int) -> int:

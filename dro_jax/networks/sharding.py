@@ -3,8 +3,9 @@
 import contextlib
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
+from typing import Any
 
 import jax
 from flax import linen as nn
@@ -81,6 +82,19 @@ def gather(weight: Array, *axes: str | None) -> Array:
     rows = {name for axis, entry in rules if axis == "batch" for name in _names(entry)}
     used = PartitionSpec(*(None if rows & set(_names(entry)) else entry for entry in stored))
     return _move(weight, NamedSharding(mesh, stored), NamedSharding(mesh, used))
+
+
+def by_rows(function: Callable[[Array], Any], x: Array) -> Any:
+    """`function(x)` where every row of the result depends on that row of x [B, …] alone, each device with its rows.
+
+    For what the compiler cannot cut, such as top-k, before which it would send all rows to all devices.
+    """
+    here = _here.get()
+    if here is None or here[0].size == 1:
+        return function(x)
+    mesh, rules = here
+    rows = PartitionSpec(*mesh_axes(("batch",), x.shape[:1], mesh, rules))
+    return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows)(x)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

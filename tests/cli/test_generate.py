@@ -60,11 +60,36 @@ def test_greedy_is_deterministic(completions):
     assert greedy == completions("--top_k=1", "--seed=3")
 
 
-def test_the_seed_fixes_the_text_whatever_the_batch_size(completions):
+def test_the_seed_fixes_the_text_whatever_the_batch_size_and_the_mesh(completions):
     rows = completions("--seed=1")
     assert rows == completions("--seed=1")
     assert rows == completions("--seed=1", "--batch_size=2")
+    assert rows == completions("--seed=1", "--fsdp=4", "--model=2")
     assert rows != completions("--seed=2")
+
+
+def test_a_beam_search_is_the_sampler_s(completions, sft_run):
+    policy = generate.load_policy(str(sft_run.directory))
+    decoding = Decoding(6, temperature=0.0, num_beams=3, length_penalty=0.5)
+    expected = generate.complete(policy, PROMPTS, decoding, seed=0, batch_size=5)
+    rows = completions("--num_beams=3", "--length_penalty=0.5", "--max_tokens=6", "--seed=3")
+    assert [row["completion"] for row in rows] == [completion.text for completion in expected]
+
+
+def test_tokens_end_with_the_end_of_sequence(sft_run, monkeypatch):
+    policy = generate.load_policy(str(sft_run.directory))
+    sampled = np.array([[100, 101, 1, 0, 0], [1, 0, 0, 0, 0], [0, 100, 101, 102, 103]], np.int32)
+
+    def make_sampler(config, decoding, eos_id, mesh, rules):
+        assert (config, decoding, eos_id) == (policy.config, Decoding(5), 1)
+        return lambda params, tokens, seed, places: sampled[places]
+
+    monkeypatch.setattr(generate, "make_sampler", make_sampler)
+    completions = list(generate.complete(policy, PROMPTS[:3], Decoding(5), seed=0, batch_size=2))
+    assert [completion.text for completion in completions] == ["ab", "", "abcd"]
+    tokens = [completion.tokens.tolist() for completion in completions]
+    assert tokens == [[100, 101, 1], [1], [0, 100, 101, 102, 103]]
+    assert all(completion.tokens.dtype == np.int32 for completion in completions)
 
 
 def test_a_jsonl_file_of_prompts(completions, tmp_path):
@@ -177,6 +202,14 @@ def test_bad_prompts(command, sft_run, tmp_path, name, content, message):
         ("--top_k=-1", "top_k is -1; expected 0"),
         ("--temperature=-1", "temperature is -1.0; expected 0"),
         ("--max_tokens=0", "max_tokens is 0; expected 1 or more"),
+        ("--num_beams=0", "num_beams is 0; expected 1 (no beam search) or more"),
+        (
+            "--num_beams=2 --temperature=1",
+            "num_beams is 2 and temperature 1.0; a beam search",
+        ),
+        ("--length_penalty=nan", "length_penalty is nan; expected a finite number"),
+        ("--fsdp=3", "--fsdp 3 --model 1: 3 devices at a time do not divide the 8 that are here"),
+        ("--model=0", "--model is 0: give a whole number of at least 1"),
         ("--batch_size=0", "--batch_size is 0: give a whole number of at least 1"),
         ("--output=/proc/nowhere/out.jsonl", "/proc/nowhere/out.jsonl: cannot be written ("),
     ],
@@ -184,7 +217,7 @@ def test_bad_prompts(command, sft_run, tmp_path, name, content, message):
 def test_bad_flags(command, sft_run, tmp_path, flag, message):
     (tmp_path / "p.txt").write_text("ann: d b a c\n")
     checkpoint, prompts = f"--checkpoint={sft_run.directory}", f"--prompts={tmp_path / 'p.txt'}"
-    result = command("generate", checkpoint, prompts, flag)
+    result = command("generate", checkpoint, prompts, *flag.split())
     assert (result.code, result.out) == (2, "")
     (line,) = result.err.splitlines()
     assert line.startswith(f"dro_jax: {message}")

@@ -6,42 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from flax.core import meta
+from tiny_t5 import CONFIG, EOS, PROMPTS, random_params
 
 from dro_jax.evaluation.sampling import Decoding, choose, make_sampler
-from dro_jax.networks import T5, T5Config
+from dro_jax.networks import T5
 
-EOS = 1
-CONFIG = T5Config(
-    vocab_size=12,
-    emb_dim=16,
-    num_heads=2,
-    head_dim=8,
-    mlp_dim=16,
-    num_encoder_layers=1,
-    num_decoder_layers=2,
-    dtype="float32",
-)
-PROMPTS = np.array(
-    [[5, 6, 7, 1], [3, 1, 0, 0], [9, 9, 2, 1], [4, 1, 0, 0], [8, 2, 1, 0], [11, 1, 0, 0]], np.int32
-)
 LENGTH = 9
 
 
 @pytest.fixture(scope="module")
 def params():
-    """Random, of a size that makes choices sharp but not certain."""
-    tokens = jnp.ones((1, 1), jnp.int32)
-    shapes = meta.unbox(
-        jax.eval_shape(T5(CONFIG).init, jax.random.key(0), tokens, tokens)["params"]
-    )
-    rng = np.random.default_rng(0)
-
-    def fill(shape):
-        noise = rng.normal(size=shape.shape, scale=0.4).astype(np.float32)
-        return noise if noise.ndim > 1 else 1 + noise
-
-    return jax.tree.map(fill, shapes)
+    """Choices are sharp but not certain."""
+    return random_params(CONFIG, seed=0, scale=0.4)
 
 
 @pytest.fixture(scope="module")
@@ -116,42 +92,39 @@ def test_zeros_follow_the_end_of_sequence(sample):
     assert 0 < ended < len(tokens)
 
 
-def test_decoding_stops_when_every_row_has_ended(sample, params, monkeypatch):
-    steps = []
-    original = T5.decode_step
-
-    def counted(self, *arguments):
-        jax.debug.callback(lambda: steps.append(None))
-        return original(self, *arguments)
-
-    monkeypatch.setattr(T5, "decode_step", counted)
-    make_sampler.cache_clear()
+def test_decoding_stops_when_every_row_has_ended(params, decoding_steps):
     sampler = make_sampler(CONFIG, Decoding(LENGTH, temperature=0.0), EOS)
     tokens = np.asarray(sampler(params, PROMPTS, 0, np.arange(6)))
     jax.effects_barrier()
     ends = [list(row).index(EOS) + 1 if EOS in row else LENGTH for row in tokens]
-    assert len(steps) == max(ends)
+    assert len(decoding_steps) == max(ends)
 
     eager = jax.tree.map(np.copy, params)
     # No state gets past this output layer but towards the end of sequence, or away from it.
     eager["decoder"]["logits_dense"]["kernel"][:] = 0
     eager["decoder"]["decoder_norm"]["scale"][:] = 0
-    steps.clear()
+    decoding_steps.clear()
     assert (np.asarray(sampler(eager, PROMPTS, 0, np.arange(6))) == 0).all()
     jax.effects_barrier()
-    assert len(steps) == LENGTH
+    assert len(decoding_steps) == LENGTH
 
     config = dataclasses.replace(CONFIG, vocab_size=EOS + 1)
     two = jax.tree.map(np.copy, params)
     two["token_embedder"]["embedding"] = two["token_embedder"]["embedding"][: EOS + 1]
     kernel = np.zeros((CONFIG.emb_dim, EOS + 1), np.float32)
     two["decoder"]["logits_dense"]["kernel"] = kernel
-    steps.clear()
+    decoding_steps.clear()
     # Every token as likely as the other: with an end of sequence of 0 the first step ends all rows.
     sampler = make_sampler(config, Decoding(LENGTH, temperature=0.0), eos_id=0)
     sampler(two, np.minimum(PROMPTS, EOS), 0, np.arange(6))
     jax.effects_barrier()
-    assert len(steps) == 1
+    assert len(decoding_steps) == 1
+
+    decoding_steps.clear()
+    # Rows without a prompt fill up a batch, and are not waited for.
+    assert (np.asarray(sampler(two, np.zeros_like(PROMPTS), 0, np.arange(6))) == 0).all()
+    jax.effects_barrier()
+    assert len(decoding_steps) == 0
 
 
 LOGITS = np.log([0.4, 0.25, 0.15, 0.1, 0.06, 0.03, 0.01])
@@ -273,6 +246,9 @@ def test_filters_treat_rows_apart():
         ({"top_p": 0.0}, "top_p is 0.0; expected more than 0 and at most 1"),
         ({"top_p": 1.1}, "top_p is 1.1; expected more than 0 and at most 1"),
         ({"top_p": float("nan")}, "top_p is nan; expected more than 0"),
+        ({"length_penalty": float("nan")}, "length_penalty is nan; expected a finite number"),
+        ({"num_beams": 2}, "num_beams is 2 and temperature 1.0; a beam search draws nothing"),
+        ({"num_beams": 0}, "num_beams is 0; expected 1"),
     ],
 )
 def test_settings_that_mean_nothing_are_refused(settings, message):

@@ -17,6 +17,7 @@ are in every file. Keys of a file:
     logits             float32 [B, To, V]
     label_log_probs    float32 [B, To]
     greedy             int64 [B, steps], what `generate` appends to the start token (0 after end-of-sequence, 1)
+    beams              int64 [B, steps], likewise of a beam search (1 or 0 after end-of-sequence)
     distances          int64 [K], key position minus query position
     encoder_buckets, decoder_buckets    int64 [K], relative-position buckets of `distances`
     about              JSON: config, versions
@@ -35,12 +36,14 @@ GATED = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}  # 1.1
 RELU = {"feed_forward_proj": "relu", "tie_word_embeddings": True}  # 1.0
 
 # `prompts` are the encoder lengths of the rows: the longest fills its row, the others are padded.
+# `beams` are the number of beams and the length penalty.
 # The seeds were chosen for greedy answers that are not all one token, some ending early.
 CASES = {
     "v1_1": {
         "config": GATED | {"d_model": 16, "num_heads": 4, "d_kv": 4, "d_ff": 24},
         "depths": (2, 2),
         "prompts": (12, 7, 1),
+        "beams": (4, 1.0),
         "decoder_length": 9,
         "seed": 7,
     },
@@ -48,6 +51,7 @@ CASES = {
         "config": RELU | {"d_model": 12, "num_heads": 3, "d_kv": 4, "d_ff": 20},
         "depths": (2, 2),
         "prompts": (10, 10, 4),
+        "beams": (3, 1.0),
         "decoder_length": 8,
         "seed": 9,
     },
@@ -55,6 +59,7 @@ CASES = {
         "config": GATED | {"d_model": 16, "num_heads": 3, "d_kv": 7, "d_ff": 18},
         "depths": (3, 1),
         "prompts": (9, 3),
+        "beams": (2, 0.0),
         "decoder_length": 11,
         "seed": 0,
     },
@@ -64,6 +69,7 @@ CASES = {
         | {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 10},
         "depths": (1, 3),
         "prompts": (40, 23),
+        "beams": (5, 2.0),
         "decoder_length": 30,
         "seed": 5,
     },
@@ -71,6 +77,7 @@ CASES = {
         "config": GATED | {"d_model": 8, "num_heads": 2, "d_kv": 4, "d_ff": 10},
         "depths": (1, 1),
         "prompts": (150, 141),
+        "beams": (3, -0.5),
         "decoder_length": 140,
         "seed": 6,
     },
@@ -147,10 +154,27 @@ def golden(name: str, case: dict) -> dict[str, np.ndarray]:
         max_new_tokens=GREEDY_STEPS,
         use_cache=False,  # its cache takes the decoder to be as deep as the encoder
     )
+    num_beams, length_penalty = case["beams"]
+    searched = model.generate(
+        **inputs,
+        do_sample=False,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+        num_return_sequences=num_beams,
+        max_new_tokens=GREEDY_STEPS,
+        use_cache=False,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    scores = searched.sequences_scores.reshape(rows, num_beams)
+    beams = torch.zeros(rows, GREEDY_STEPS, dtype=torch.int64)
+    found = searched.sequences[::num_beams, 1:]
+    beams[:, : found.shape[1]] = found
 
     # Argmaxes must not hang on rounding, nor the comparison at 1e-5 on huge numbers.
     best = model(**inputs, decoder_input_ids=greedy[:, :-1]).logits.topk(2, -1).values
     assert (best[..., 0] - best[..., 1]).min() > 1e-3, name
+    assert (scores[:, 0] - scores[:, 1]).min() > 1e-3, name
     assert 0.5 < output.logits.std() < 3.0, (name, output.logits.std())
 
     distances = torch.arange(-200, 201)
@@ -177,6 +201,8 @@ def golden(name: str, case: dict) -> dict[str, np.ndarray]:
         "config": {key: getattr(model.config, key) for key in kept} | case["config"],
         "transformers": transformers.__version__,
         "torch": torch.__version__,
+        "num_beams": num_beams,
+        "length_penalty": length_penalty,
     }
     return {f"weight/{key}": value for key, value in weights.items()} | {
         "encoder_tokens": encoder_tokens,
@@ -186,6 +212,7 @@ def golden(name: str, case: dict) -> dict[str, np.ndarray]:
         "logits": output.logits.numpy(),
         "label_log_probs": log_probs.numpy(),
         "greedy": greedy[:, 1:].numpy(),
+        "beams": beams.numpy(),
         "distances": distances.numpy(),
         "encoder_buckets": buckets["encoder"].numpy(),
         "decoder_buckets": buckets["decoder"].numpy(),

@@ -12,6 +12,7 @@ import pytest
 from flax.core import meta
 from flax.traverse_util import unflatten_dict
 
+from dro_jax.evaluation.sampling import Decoding, make_sampler
 from dro_jax.interop import huggingface
 from dro_jax.networks import T5, T5Config, token_log_probs
 from dro_jax.networks.t5 import relative_position_bucket
@@ -136,6 +137,16 @@ def test_greedy_decoding_gives_the_tokens_of_generate(case):
     ours = np.argmax(case.decode(start), axis=-1)[:, : expected.shape[1]]
     ended = np.cumsum(expected == 1, axis=1) - (expected == 1) > 0  # after end-of-sequence
     assert np.array_equal(np.where(ended, 0, ours), expected)
+
+
+def test_beam_search_gives_the_tokens_of_generate(case):
+    expected, about = case.golden["beams"], json.loads(str(case.golden["about"]))
+    beams = {name: about[name] for name in ("num_beams", "length_penalty")}
+    decoding = Decoding(expected.shape[1], temperature=0.0, **beams)
+    sampler = make_sampler(case.module.config, decoding, eos_id=1)
+    ours = np.asarray(sampler(case.params, case.prompts, 0, np.arange(len(expected))))
+    ended = np.cumsum(expected == 1, axis=1) - (expected == 1) > 0
+    assert np.array_equal(ours, np.where(ended, 0, expected))
 
 
 def test_relative_position_buckets_agree(case):
