@@ -152,8 +152,7 @@ def run(
             answers[source.name] = sample(source, base, texts, own, directory / "completions")
 
     # 3. The verdicts.
-    pairs = [(i, j) for j in range(len(sources)) for i in range(j)]
-    pairs.sort()
+    pairs = [(i, j) for i in range(len(sources)) for j in range(i + 1, len(sources))]
     verdicts = {}
     for i, j in pairs:
         first, second = sources[i].name, sources[j].name
@@ -218,8 +217,9 @@ def names_of(paths: Sequence[str]) -> list[str]:
     for place, path in enumerate(absolute):
         if path in absolute[:place]:
             raise UsageError(f"{paths[place]}: is given twice; give different policies")
-    # A step or "reference" alone does not say whose.
-    kept = [2 if re.fullmatch(r"reference|checkpoint_\d+", path.name) else 1 for path in absolute]
+    # A step, "best" or "reference" alone does not say whose.
+    own = re.compile(r"best|reference|checkpoint_\d+")
+    kept = [2 if own.fullmatch(path.name) else 1 for path in absolute]
     while True:
         names = ["/".join(path.parts[-k:]) for path, k in zip(absolute, kept, strict=True)]
         if len(set(names)) == len(names):

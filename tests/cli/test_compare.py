@@ -7,6 +7,7 @@ import math
 import os
 import shutil
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -272,6 +273,45 @@ def test_what_an_interruption_left_is_kept(
             assert row["log_ratio"] == pytest.approx(expected["log_ratio"], abs=1e-5)
 
 
+def test_a_language_model_judges_files_and_is_paid_once(compared, place, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "evaluation"))
+    import judge_server
+
+    # Twice the answer on the left; else the longer one.
+    left_handed = PROMPTS[3], PROMPTS[11]
+
+    def respond(request):
+        if any(f"\n{prompt}\n" in request.question for prompt in left_handed):
+            request.say("The first is better.\nVerdict: A")
+        else:
+            judge_server.prefer_longer(request)
+
+    for name, answer in (("short", "b a"), ("long", "a b c d")):
+        rows = [{"prompt": prompt, "completion": f"{answer} {prompt[:3]}"} for prompt in PROMPTS]
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-of-this-test")
+    monkeypatch.setenv("DRO_JAX_JUDGE_MODEL", "oracle")
+    with judge_server.serving(respond) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+        result, report = compared("short.jsonl", "long.jsonl", judge="llm")
+        assert (result.code, result.err) == (0, "")
+        assert len(server.requests) == 2 * len(PROMPTS)
+        assert compared("short.jsonl", "long.jsonl", judge="llm")[1]["pairs"] == report["pairs"]
+        assert len(server.requests) == 2 * len(PROMPTS)
+    (pair,) = report["pairs"]
+    counts = (pair["wins"], pair["ties"], pair["losses"], pair["flips"])
+    assert counts == (0, 2, len(PROMPTS) - 2, 2)
+    assert report["judge"] == "llm (oracle)"
+    assert report["sampling"] == "as in the files"
+    assert report["no_reference"] == "there are only completions, and no policies"
+    verdicts = [
+        json.loads(line) for line in (place / "out" / "verdicts.jsonl").read_text().splitlines()
+    ]
+    assert [v["prompt"] for v in verdicts if v["flipped"]] == list(left_handed)
+    for path in (place / "out").rglob("*"):
+        assert path.is_dir() or b"secret-of-this-test" not in path.read_bytes()
+
+
 SAMPLING = Sampling(
     max_tokens=None,
     temperature=None,
@@ -395,6 +435,7 @@ def test_a_judge_without_a_verdict(compared, sft_run, dro_v_run, again):
         (["a/x", "b/y"], ["x", "y"]),
         (["a/x", "b/x"], ["a/x", "b/x"]),
         (["r/checkpoint_3", "r/checkpoint_4", "s"], ["r/checkpoint_3", "r/checkpoint_4", "s"]),
+        (["r/best", "s"], ["r/best", "s"]),
         (["p/r/reference", "q/r/reference"], ["p/r/reference", "q/r/reference"]),
         (["a/x.jsonl", "b/y.jsonl"], ["x.jsonl", "y.jsonl"]),
         (["a/v1.5", "a/v1.6"], ["v1.5", "v1.6"]),

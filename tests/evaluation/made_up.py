@@ -40,6 +40,7 @@ def made_up(prompts: int = 231, names: tuple[str, ...] = ("sft", "dro_v", "kto")
             "held out loss/dro": Curve(steps[::5], [1.2, 0.6]),
             "held out loss/constant": Curve(steps[::5], [1.3, 1.3]),
             "held out kl/log_ratio_mean": Curve(steps[::5], [0.0, 0.1 * k]),
+            "held out side_by_side/win_rate": Curve(steps[::5], [0.5, 0.5 + 0.1 * k]),
         }
         policies.append(
             Policy(

@@ -112,7 +112,7 @@ def test_what_is_filled_in_is_not_filled_in_again():
 def test_charts_take_their_colours_from_the_page(report):
     drawn = [charts.intervals(report), charts.lengths(report), charts.plane(report)]
     drawn += [svg for _, svg in charts.training(report)]
-    assert len(drawn) == 6
+    assert len(drawn) == 7
     for svg in drawn:
         assert not re.findall(r"#[0-9a-f]{6}\b", svg)
         assert {"var(--muted)", "var(--rule)"} <= set(re.findall(r"var\(--\w+\)", svg))
@@ -140,6 +140,7 @@ def test_curves_are_drawn_for_what_was_logged(report):
         f"{NAMES[1]}: loss/dro",
         "kto: loss/dro",
         "held out: mean of log π/π_ref on the data's answers, nats",
+        "held out: win rate over the reference",
     ]
 
 
@@ -249,7 +250,7 @@ def test_everything_is_drawn_and_legible(seen):
     surface = pixels[2, 2]
     assert surface.mean() < 60 if dark else surface.mean() > 240
     rectangles = found.answer["rectangles"]
-    assert (len(rectangles["cells"]), len(rectangles["charts"])) == (6, 6)
+    assert (len(rectangles["cells"]), len(rectangles["charts"])) == (6, 7)
     assert found.answer["texts"] > 40
     for left, top, right, bottom in rectangles["cells"]:
         cell = region(pixels, left, top, right, bottom)
