@@ -21,7 +21,12 @@ from dro_jax.data import demonstration
 from dro_jax.data.feedback import RewardStatistics
 from dro_jax.data.vocabulary import encode_completion, encode_prompt
 from dro_jax.errors import UsageError
-from dro_jax.evaluation.enumeration import Distance, distance_to_optimum, renormalise
+from dro_jax.evaluation.enumeration import (
+    AnswerScores,
+    Distance,
+    distance_to_optimum,
+    renormalise,
+)
 from dro_jax.evaluation.sampling import Decoding
 from dro_jax.training import checkpoints
 from dro_jax.training.algorithms import Algorithm
@@ -103,7 +108,9 @@ def run_one(workdir: str, algorithm: str) -> train.Interrupted | None:
     train.make_directory(directory)
     if not paths.data.exists():
         partial = directory / f"{paths.data.name}.partial"
-        demonstration.write_demonstration(partial, samples_per_prompt=ANSWERS_PER_PROMPT, seed=0)
+        demonstration.write_demonstration(
+            partial, demonstration.prompts(), samples_per_prompt=ANSWERS_PER_PROMPT, seed=0
+        )
         partial.replace(paths.data)
 
     console.rule("1. The reference: supervised fine-tuning on the behaviour policy's answers")
@@ -125,7 +132,8 @@ def run_one(workdir: str, algorithm: str) -> train.Interrupted | None:
     _, held_out = demonstration.split_prompts(demonstration.prompts(), VALIDATION_FRACTION)
     reference, policy = load_policy(str(paths.sft)), load_policy(str(paths.aligned))
     method = configuration.arguments(train.train)["algorithm"]
-    distance = measure(paths.aligned, method, reference, policy, held_out)
+    scores = score_answers(paths.aligned, method, reference, policy, held_out)
+    distance = distance_to_optimum(scores, TAU)
     samples = sample_side_by_side(algorithm, reference, policy, held_out)
     summary = write_results(paths, algorithm, samples, distance, time.perf_counter() - started)
     show(paths, samples, summary)
@@ -142,14 +150,22 @@ def train_from(gin_files: list[str], **macros: Any) -> train.Interrupted | None:
     return configuration.bound(train.train)()
 
 
-def measure(
+def score_answers(
     run_directory: epath.Path,
     algorithm: Algorithm,
     reference: Policy,
     policy: Policy,
     prompts: list[str],
-) -> Distance:
-    """Scores every answer to every prompt with both policies, and holds them against eq. 2 at `TAU`."""
+) -> AnswerScores:
+    """Scores every answer to every prompt by both policies, the run's value and the true reward.
+
+    Args:
+      run_directory: of the policy's training.
+      algorithm: what it was trained by.
+      reference: what it started from.
+      policy: as trained.
+      prompts: of the demonstration.
+    """
     answers = [demonstration.answers(prompt) for prompt in prompts]
     shape = (len(prompts), len(answers[0]))
     batch = answer_batch(policy, prompts, answers)
@@ -168,23 +184,18 @@ def measure(
         value = np.sum(probabilities * np.asarray(examples.value).reshape(shape), axis=1)
         if getattr(algorithm, "values", None) == "single":
             value = np.full_like(value, value.mean())
-
     statistics = RewardStatistics.load_json(run_directory / train.STATISTICS)
-    score = [
-        [demonstration.order_score(p, a) for a in row]
-        for p, row in zip(prompts, answers, strict=True)
+    pairs = [
+        [(prompt, answer) for answer in row] for prompt, row in zip(prompts, answers, strict=True)
     ]
-    reward = [
-        [statistics.normalise(demonstration.reward(p, a)) for a in row]
-        for p, row in zip(prompts, answers, strict=True)
-    ]
-    return distance_to_optimum(
+    return AnswerScores(
         policy_log_prob=policy_log_prob,
         reference_log_prob=reference_log_prob,
         value=value,
-        reward=np.array(reward),
-        score=np.array(score),
-        tau=TAU,
+        reward=np.array(
+            [[statistics.normalise(demonstration.reward(*pair)) for pair in row] for row in pairs]
+        ),
+        score=np.array([[demonstration.order_score(*pair) for pair in row] for row in pairs]),
     )
 
 

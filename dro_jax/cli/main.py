@@ -37,9 +37,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _configured(parsed, bindings)
         if parsed.command == "plan":
             return _plan(parsed, bindings)
+        if parsed.command == "paper":
+            return _paper(parsed, bindings)
         if bindings:
             raise UsageError(
-                f"--gin.{bindings[0]}: only `dro_jax train`, `cache` and `plan` take gin flags"
+                f"--gin.{bindings[0]}: only `dro_jax train`, `cache`, `plan` and `paper` take gin flags"
             )
         commands = {
             "demo": _demo,
@@ -87,6 +89,31 @@ def _parser() -> argparse.ArgumentParser:
         default="dro_v",
         metavar="NAME",
         help="a file of gin_configs/algorithms, such as kto, or all (default: %(default)s)",
+    )
+
+    paper = commands.add_parser(
+        "paper",
+        help="the paper's experiments in miniature, on data with a known optimum (hours)",
+        epilog="The same command goes on where it was interrupted; other arms and seeds join those that are there. "
+        "--gin.NAME=VALUE goes to every training.",
+    )
+    paper.add_argument(
+        "--workdir",
+        default="dro_jax_paper",
+        help="where everything is written (default: %(default)s)",
+    )
+    paper.add_argument(
+        "--quick", action="store_true", help="one seed and the six main arms, in 20 minutes"
+    )
+    paper.add_argument(
+        "--arms",
+        nargs="+",
+        metavar="ARM",
+        help="files of gin_configs/experiments/miniature, such as dro_v kto (default: all)",
+    )
+    paper.add_argument("--seeds", nargs="+", type=int, help="default: 0 1 2")
+    paper.add_argument(
+        "--jobs", type=int, help="trainings at a time (default: one a core, at most eight)"
     )
 
     for name, explained in (
@@ -358,6 +385,22 @@ def _demo(parsed: argparse.Namespace) -> int:
     from dro_jax.cli import demo
 
     return _finish(demo.run(parsed.workdir, parsed.algorithm))
+
+
+def _paper(parsed: argparse.Namespace, bindings: list[str]) -> int:
+    _start_console()
+    from dro_jax.cli import paper
+
+    return _finish(
+        paper.run(
+            parsed.workdir,
+            arms=parsed.arms,
+            seeds=parsed.seeds,
+            quick=parsed.quick,
+            jobs=parsed.jobs,
+            bindings=bindings,
+        )
+    )
 
 
 def _start_console(*, logs_to_stderr: bool = False) -> None:

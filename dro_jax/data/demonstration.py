@@ -94,23 +94,19 @@ def behaviour_probabilities() -> np.ndarray:
 
 
 def write_demonstration(
-    path: epath.PathLike,
-    *,
-    samples_per_prompt: int,
-    seed: int,
-    alphabet: str = "abcdef",
+    path: epath.PathLike, asked: Iterable[str], *, samples_per_prompt: int, seed: int
 ) -> None:
-    """Writes a feedback file: answers of the behaviour policy to every prompt, with their rewards.
+    """Writes a feedback file: answers of the behaviour policy to some prompts, with their rewards.
 
     Args:
         path: the JSONL file to write.
+        asked: the prompts.
         samples_per_prompt: answers drawn for each prompt, with replacement.
         seed: of the answers.
-        alphabet: the letters to arrange, four a prompt.
     """
     generator = np.random.default_rng(seed)
     lines = []
-    for prompt in prompts(alphabet):
+    for prompt in asked:
         choices = answers(prompt)
         drawn = generator.choice(len(choices), samples_per_prompt, p=behaviour_probabilities())
         for completion in (choices[index] for index in drawn):

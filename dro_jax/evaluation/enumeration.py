@@ -12,6 +12,25 @@ Float = np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
+class AnswerScores:
+    """What a run makes of every answer to every prompt.
+
+    Attributes:
+      policy_log_prob: log pi(y|x), nats, [P, A].
+      reference_log_prob: log pi_ref(y|x), nats, [P, A].
+      value: V(x), units of reward, [P]; None for methods without one.
+      reward: r(x, y) as trained on, [P, A].
+      score: what answers are compared by, [P, A].
+    """
+
+    policy_log_prob: Float
+    reference_log_prob: Float
+    value: Float | None
+    reward: Float
+    score: Float
+
+
+@dataclasses.dataclass(frozen=True)
 class Optimum:
     """The optimum of eq. 2 on a set of answers.
 
@@ -75,6 +94,75 @@ def win_rate(log_p: Float, log_q: Float, score: Float) -> Float:
     return np.einsum("pa,pab,pb->p", np.exp(log_p), better, np.exp(log_q))
 
 
+def with_the_rest(log_prob: Float) -> Float:
+    """Adds to a policy's log-probabilities [P, A] that of everything that is no answer: [P, A + 1], normalised."""
+    mass = np.minimum(np.exp(log_mass(log_prob)), 1.0)
+    with np.errstate(divide="ignore"):
+        rest = np.log1p(-mass)
+    # A mass of one to the last digit leaves nothing to normalise.
+    return renormalise(np.concatenate([_float64(log_prob), rest[:, None]], axis=1))
+
+
+def head_to_head(log_prob: Float, other_log_prob: Float, score: Float) -> float:
+    """Win rate of a policy over another as their samples would show it, mean over prompts.
+
+    Args:
+      log_prob: log pi(y|x) of every answer, nats, [P, A], not renormalised.
+      other_log_prob: likewise, of the other policy.
+      score: of every answer, [P, A]. What is no answer loses to every answer and ties with its like.
+
+    Returns:
+      A probability; ties count half.
+    """
+    scored = np.concatenate([_float64(score), score.min(axis=1, keepdims=True) - 1.0], axis=1)
+    wins = win_rate(with_the_rest(log_prob), with_the_rest(other_log_prob), scored)
+    return float(wins.mean())
+
+
+@dataclasses.dataclass(frozen=True)
+class Frontier:
+    """The exact optima of eq. 2 over tau: no policy has more reward at as small a divergence.
+
+    Attributes:
+      tau: units of reward per nat, descending, [T].
+      kl: KL(pi* || pi_ref), nats, mean over prompts, ascending, [T].
+      gain: E_pi*[r] - E_pi_ref[r], units of reward, likewise.
+      win_rate: of pi* over pi_ref, likewise.
+    """
+
+    tau: Float
+    kl: Float
+    gain: Float
+    win_rate: Float
+
+    def gain_at(self, kl: float) -> float:
+        """The most that a policy can gain at a divergence from the reference, in nats."""
+        return float(np.interp(kl, self.kl, self.gain))
+
+
+def frontier(reference_log_prob: Float, reward: Float, score: Float, tau: Float) -> Frontier:
+    """Eq. 2's optima over tau, which maximise the reward at every price of leaving the reference.
+
+    Args:
+      reference_log_prob: log pi_ref(y|x) of every answer, nats, [P, A].
+      reward: r(x, y), [P, A].
+      score: what answers are compared by, [P, A].
+      tau: units of reward per nat, descending, [T].
+
+    Returns:
+      The optimum of every tau, as means over the prompts.
+    """
+    reference = renormalise(reference_log_prob)
+    start = np.sum(np.exp(reference) * reward, axis=1)
+    points = []
+    for each in tau:
+        best = optimum(reference, reward, float(each)).log_prob
+        gain = np.sum(np.exp(best) * reward, axis=1) - start
+        points.append([divergence(best, reference), gain, win_rate(best, reference, score)])
+    kl, gain, wins = np.mean(points, axis=2).T
+    return Frontier(_float64(tau), kl, gain, wins)
+
+
 @dataclasses.dataclass(frozen=True)
 class Distance:
     """How near a trained policy and value are to the optimum, means over prompts.
@@ -103,34 +191,25 @@ class Distance:
     policy_mass: float
 
 
-def distance_to_optimum(
-    *,
-    policy_log_prob: Float,
-    reference_log_prob: Float,
-    value: Float | None,
-    reward: Float,
-    score: Float,
-    tau: float,
-) -> Distance:
+def distance_to_optimum(scores: AnswerScores, tau: float) -> Distance:
     """Measures a policy and a value network against eq. 2.
 
     Args:
-      policy_log_prob: log pi(y|x), nats, [P, A].
-      reference_log_prob: log pi_ref(y|x), nats, [P, A].
-      value: V(x), units of reward, [P]; None for methods without one.
-      reward: r(x, y) as trained on, [P, A].
-      score: what answers are compared by, [P, A].
+      scores: of every answer.
       tau: units of reward per nat.
 
     Returns:
       Means over the prompts.
     """
-    best = optimum(reference_log_prob, reward, tau)
-    policy, reference = renormalise(policy_log_prob), renormalise(reference_log_prob)
-    start = regularised_reward(reference, reference, reward, tau).mean()
-    reached = regularised_reward(policy, reference, reward, tau).mean()
-    possible = regularised_reward(best.log_prob, reference, reward, tau).mean()
-    target = best.value - tau * log_mass(policy_log_prob)
+    best = optimum(scores.reference_log_prob, scores.reward, tau)
+    policy, reference = (
+        renormalise(log_prob) for log_prob in (scores.policy_log_prob, scores.reference_log_prob)
+    )
+    start = regularised_reward(reference, reference, scores.reward, tau).mean()
+    reached = regularised_reward(policy, reference, scores.reward, tau).mean()
+    possible = regularised_reward(best.log_prob, reference, scores.reward, tau).mean()
+    target = best.value - tau * log_mass(scores.policy_log_prob)
+    value = scores.value
     return Distance(
         improvement_fraction=float((reached - start) / (possible - start)),
         kl_to_optimum=float(divergence(policy, best.log_prob).mean()),
@@ -138,10 +217,10 @@ def distance_to_optimum(
         value_error=None if value is None else float(np.abs(value - target).mean()),
         # The median is the constant of least mean absolute error.
         constant_value_error=float(np.abs(np.median(target) - target).mean()),
-        optimum_win_rate=float(win_rate(best.log_prob, reference, score).mean()),
-        exact_win_rate=float(win_rate(policy, reference, score).mean()),
-        reference_mass=float(np.exp(log_mass(reference_log_prob)).mean()),
-        policy_mass=float(np.exp(log_mass(policy_log_prob)).mean()),
+        optimum_win_rate=float(win_rate(best.log_prob, reference, scores.score).mean()),
+        exact_win_rate=float(win_rate(policy, reference, scores.score).mean()),
+        reference_mass=float(np.exp(log_mass(scores.reference_log_prob)).mean()),
+        policy_mass=float(np.exp(log_mass(scores.policy_log_prob)).mean()),
     )
 
 

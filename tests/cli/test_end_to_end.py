@@ -23,6 +23,7 @@ from dro_jax.cli import configuration, demo, generate
 from dro_jax.cli import train as train_module
 from dro_jax.data import demonstration
 from dro_jax.data.feedback import read_rows, split_of
+from dro_jax.evaluation.enumeration import distance_to_optimum
 from dro_jax.networks import T5, ValueNetwork
 from dro_jax.training import checkpoints, optimizers, partitioning, train_state
 from dro_jax.training.algorithms import DroP, DroV
@@ -254,12 +255,12 @@ def test_held_out_metrics_against_numpy(dro_v_run, feedback_file):
         assert written[name][NUM_STEPS] == pytest.approx(number, rel=2e-3, abs=2e-5), name
 
 
-def test_the_demo_s_measures_against_loops(dro_v_run, sft_run, monkeypatch):
+def test_the_demo_s_measures_against_loops(dro_v_run, sft_run):
     """J, KL, mass and value error of the tiny run, from logits, a prompt at a time."""
-    monkeypatch.setattr(demo, "TAU", 0.5)
     reference, policy = (generate.load_policy(str(r.directory)) for r in (sft_run, dro_v_run))
     prompts = ["ann: d b a c", "cat: a b c d", "fay: c a d b"]
-    distance = demo.measure(dro_v_run.directory, DroV(tau=0.5), reference, policy, prompts)
+    scores = demo.score_answers(dro_v_run.directory, DroV(tau=0.5), reference, policy, prompts)
+    distance = distance_to_optimum(scores, 0.5)
 
     statistics = json.loads((dro_v_run.directory / "reward_statistics.json").read_text())
     batch = demo.answer_batch(policy, prompts, [demonstration.answers(p) for p in prompts])
@@ -300,17 +301,16 @@ def test_the_demo_s_measures_against_loops(dro_v_run, sft_run, monkeypatch):
     assert distance.improvement_fraction == pytest.approx(fraction, rel=1e-2, abs=1e-5)
 
 
-def test_the_value_as_each_algorithm_uses_it(dro_v_run, sft_run, monkeypatch):
-    measured = []
-    monkeypatch.setattr(demo, "distance_to_optimum", lambda **numbers: measured.append(numbers))
+def test_the_value_as_each_algorithm_uses_it(dro_v_run, sft_run):
     reference, policy = (generate.load_policy(str(r.directory)) for r in (sft_run, dro_v_run))
     prompts = ["ann: d b a c", "fay: c a d b"]
     inputs = demo.answer_batch(policy, prompts, [["a"], ["a"]])["encoder_input_tokens"]
     expected = values_of(dro_v_run.directory, policy, inputs)
     assert expected[0] != expected[1]
-    for algorithm in (DroV(), DroV(values="single"), DroV(values="per_token"), DroP()):
-        demo.measure(dro_v_run.directory, algorithm, reference, policy, prompts)
-    multiple, single, per_token, none = (numbers["value"] for numbers in measured)
+    multiple, single, per_token, none = (
+        demo.score_answers(dro_v_run.directory, algorithm, reference, policy, prompts).value
+        for algorithm in (DroV(), DroV(values="single"), DroV(values="per_token"), DroP())
+    )
     np.testing.assert_allclose(multiple, expected, rtol=1e-5)
     np.testing.assert_allclose(single, [expected.mean()] * 2, rtol=1e-5)
     # At other positions V has seen letters.

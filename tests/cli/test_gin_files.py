@@ -1,5 +1,6 @@
 """Every shipped gin file, and what the command says about mistakes in gin files and flags."""
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -24,7 +25,8 @@ MODELS = [name for name in FILES if name.startswith("models/")]
 ALGORITHMS = [name for name in FILES if name.startswith("algorithms/")]
 BASE = "runs/train.gin"
 WITHOUT_A_METHOD = "runs/demo_align.gin"
-RUNS = [name for name in FILES if name not in (*MODELS, *ALGORITHMS, BASE, WITHOUT_A_METHOD)]
+BASES = [BASE, WITHOUT_A_METHOD, *(name for name in FILES if name.endswith("/base.gin"))]
+RUNS = [name for name in FILES if name not in (*MODELS, *ALGORITHMS, *BASES)]
 
 METHODS = {
     "dro_v": DroV(),
@@ -146,6 +148,58 @@ def test_sizes_of_published_checkpoints(name, count):
     assert sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(shapes)) == count
 
 
+PAPER_RATES = {"tenth": 1e-5, "half": 5e-5, "fivefold": 5e-4}
+
+
+@pytest.mark.parametrize(("size", "steps"), [("t5_large", 40000), ("t5_xl", 20000)])
+def test_full_size_experiments_are_the_paper_s(size, steps):
+    """shared/paper.md's set-up, and each arm differs from dro_v.gin or kto.gin in what it is named after only."""
+    names = [name for name in RUNS if name.startswith(f"experiments/{size}/")]
+    assert len(names) == (16 if size == "t5_large" else 2)
+    for name in names:
+        configuration.load([name], REQUIRED)
+        arguments = check_run()
+        arm = Path(name).stem
+        optimizer, algorithm = arguments["optimizer"], arguments["algorithm"]
+        joint, value = (re.search(rf"_{kind}_(\w+)", arm) for kind in ("rates", "value_rate"))
+        rate = PAPER_RATES[joint[1]] if joint else 1e-4
+        assert optimizer.policy_learning_rate == rate
+        assert optimizer.value_learning_rate == (PAPER_RATES[value[1]] if value else rate)
+        assert (optimizer.warmup_steps, optimizer.decay_rate) == (150, 0.8)
+        sharing = "single" in arm
+        assert arguments["num_steps"] == (10000 if sharing else steps)
+        assert (arguments["batch_size"], arguments["max_examples"]) == (32, 1)
+        assert arguments["lengths"] == {"inputs": 512, "targets": 512}
+        assert (arguments["periods"].checkpoint, arguments["keep_every"]) == (2000, 2000)
+        assert arguments["model"].emb_dim == (1024 if size == "t5_large" else 2048)
+        method = arm if sharing else re.match("dro_v|dro_p|kto", arm)[0]
+        tau = re.search(r"_tau_([\d.]+)", arm)
+        expected = METHODS[method]
+        assert algorithm == (dataclasses.replace(expected, tau=float(tau[1])) if tau else expected)
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if "/miniature/" in name])
+def test_the_miniature_varies_what_the_full_size_does(name):
+    configuration.load([name], REQUIRED)
+    arguments = check_run()
+    arm = Path(name).stem.removeprefix("larger_")
+    larger = Path(name).stem.startswith("larger_")
+    assert arguments["model"].emb_dim == (128 if larger else 64)
+    if arm == "sft":
+        assert arguments["algorithm"] == Sft()
+        return
+    small = arguments["optimizer"]
+    configuration.load([f"experiments/t5_large/{arm}.gin"], REQUIRED)
+    full = check_run()
+    assert arguments["algorithm"] == full["algorithm"]
+    bases = ((5e-4, 1e-4), (1e-3, 1e-4), (1e-2, 1e-2))
+    kinds = ("policy_learning_rate", "value_learning_rate", "value_head_learning_rate")
+    for kind, (ours, paper) in zip(kinds, bases, strict=True):
+        assert getattr(small, kind) / ours == pytest.approx(
+            getattr(full["optimizer"], kind) / paper
+        )
+
+
 @pytest.mark.parametrize(
     "names", [["runs/demo_sft.gin"], [WITHOUT_A_METHOD, "algorithms/dro_v.gin"]]
 )
@@ -264,7 +318,7 @@ def test_gin_flags_belong_to_train(command):
     result = command("demo", "--gin.TRAIN_STEPS=3")
     assert result.code == 2
     assert result.err.splitlines() == [
-        "dro_jax: --gin.TRAIN_STEPS = 3: only `dro_jax train`, `cache` and `plan` take gin flags"
+        "dro_jax: --gin.TRAIN_STEPS = 3: only `dro_jax train`, `cache`, `plan` and `paper` take gin flags"
     ]
 
 

@@ -21,7 +21,7 @@ def test_prompts_are_every_rater_with_every_arrangement():
 
 def test_held_out_prompts_are_those_of_the_written_file(tmp_path):
     path = tmp_path / "demonstration.jsonl"
-    demonstration.write_demonstration(path, samples_per_prompt=1, seed=0)
+    demonstration.write_demonstration(path, demonstration.prompts(), samples_per_prompt=1, seed=0)
     train, held_out = demonstration.split_prompts(demonstration.prompts(), 0.1)
     assert sorted(train + held_out) == sorted(demonstration.prompts())
     assert 160 < len(held_out) < 280
@@ -76,7 +76,7 @@ def test_behaviour_probabilities_are_those_of_the_swaps():
 
 def test_written_answers_follow_the_behaviour_policy(tmp_path):
     path = tmp_path / "demonstration.jsonl"
-    demonstration.write_demonstration(path, samples_per_prompt=20, seed=1)
+    demonstration.write_demonstration(path, demonstration.prompts(), samples_per_prompt=20, seed=1)
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     assert len(rows) == 2160 * 20
     assert all(
@@ -92,7 +92,8 @@ def test_written_answers_follow_the_behaviour_policy(tmp_path):
 def test_same_seed_same_file_other_seed_another(tmp_path):
     def content(seed):
         path = tmp_path / f"{seed}.jsonl"
-        demonstration.write_demonstration(path, samples_per_prompt=1, seed=seed, alphabet="abcd")
+        asked = demonstration.prompts("abcd")
+        demonstration.write_demonstration(path, asked, samples_per_prompt=1, seed=seed)
         return path.read_text()
 
     assert content(0) == content(0)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from dro_jax.evaluation.enumeration import (
+    AnswerScores,
     distance_to_optimum,
     divergence,
     log_mass,
@@ -103,7 +104,7 @@ def test_distance_against_loops(seed, tau):
     ours = optimum(problem["reference_log_prob"], problem["reward"], tau)
     np.testing.assert_allclose(np.exp(ours.log_prob), best, rtol=1e-9, atol=1e-300)
     np.testing.assert_allclose(ours.value, value_star, rtol=1e-9)
-    distance = distance_to_optimum(**problem, tau=tau)
+    distance = distance_to_optimum(AnswerScores(**problem), tau)
     for name, number in expected.items():
         assert getattr(distance, name) == pytest.approx(number, rel=1e-9, abs=1e-12), name
     assert set(expected) == set(vars(distance))
@@ -116,14 +117,14 @@ def test_two_answers_by_hand():
     best = optimum(reference, reward, 1.0)
     np.testing.assert_allclose(np.exp(best.log_prob), [[0.5, 0.5]], rtol=1e-12)
     np.testing.assert_allclose(best.value, [0.0], atol=1e-12)
-    distance = distance_to_optimum(
+    scores = AnswerScores(
         policy_log_prob=np.log([[0.4, 0.4]]),
         reference_log_prob=reference,
         value=np.array([1.0]),
         reward=reward,
         score=np.array([[0.0, 1.0]]),
-        tau=1.0,
     )
+    distance = distance_to_optimum(scores, 1.0)
     # Renormalised, the policy is pi*; the reference is (2/3, 1/3).
     assert distance.improvement_fraction == pytest.approx(1)
     assert distance.kl_to_optimum == pytest.approx(0, abs=1e-12)
@@ -170,7 +171,7 @@ def test_most_of_j_is_the_value_of_a_normalised_reference(tau):
 def test_the_reference_itself_has_improved_nothing():
     problem = random_problem(17)
     problem["policy_log_prob"] = problem["reference_log_prob"]
-    distance = distance_to_optimum(**problem, tau=1.0)
+    distance = distance_to_optimum(AnswerScores(**problem), 1.0)
     assert distance.improvement_fraction == 0
     assert distance.kl_to_reference == pytest.approx(0, abs=1e-15)
     assert distance.exact_win_rate == pytest.approx(0.5)
@@ -181,11 +182,13 @@ def test_a_value_off_by_the_lost_mass_has_no_error():
     tau = 0.5
     best = optimum(problem["reference_log_prob"], problem["reward"], tau)
     problem["value"] = best.value - tau * log_mass(problem["policy_log_prob"])
-    assert distance_to_optimum(**problem, tau=tau).value_error == pytest.approx(0, abs=1e-12)
+    assert distance_to_optimum(AnswerScores(**problem), tau).value_error == pytest.approx(
+        0, abs=1e-12
+    )
 
 
 def test_without_a_value_it_has_no_error():
-    distance = distance_to_optimum(**random_problem(0) | {"value": None}, tau=1.0)
+    distance = distance_to_optimum(AnswerScores(**random_problem(0) | {"value": None}), 1.0)
     assert distance.value_error is None
     assert distance.constant_value_error > 0
 
