@@ -24,8 +24,10 @@ REQUIREMENTS = [
     "etils[epath]",
     "httpx",  # A language model as judge.
     "numpy",
+    "scipy",
     "protobuf",
     "rich",
+    "matplotlib",  # The report's charts.
     "sentencepiece",
 ]
 
@@ -64,7 +66,10 @@ setup(
     python_requires=">=3.11",
     packages=[*find_packages(include=["dro_jax", "dro_jax.*"]), "dro_jax.gin_configs"],
     package_dir={"dro_jax.gin_configs": "gin_configs"},
-    package_data={"dro_jax.gin_configs": ["**/*.gin"]},
+    package_data={
+        "dro_jax.gin_configs": ["**/*.gin"],
+        "dro_jax.evaluation": ["page.html", "page.js"],
+    },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["dro_jax = dro_jax.cli.main:main"]},

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -124,7 +124,13 @@ def layout_of(
 
 
 def complete(
-    policy: Policy, prompts: list[str], decoding: Decoding, *, seed: int, batch_size: int
+    policy: Policy,
+    prompts: list[str],
+    decoding: Decoding,
+    *,
+    seed: int,
+    batch_size: int,
+    first: int = 0,
 ) -> Iterator[Completion]:
     """Completes prompts.
 
@@ -134,6 +140,7 @@ def complete(
       decoding: how tokens are chosen.
       seed: with a prompt's place in the list it fixes the completion, whatever the batch size.
       batch_size: prompts at a time, filled up to what divides over the devices.
+      first: place of the first of these prompts in the list.
 
     Yields:
       One completion a prompt, in the order of the prompts. Prompts of like length share a batch, so that one may
@@ -147,6 +154,7 @@ def complete(
         longest=longest,
         seed=seed,
         batch_size=batch_size,
+        first=first,
         shards=row_shards(policy.mesh, policy.rules),
     )
     for tokens in sampled:
@@ -156,51 +164,69 @@ def complete(
         yield Completion(text, tokens[: stop + 1])
 
 
-def run(
-    *,
-    checkpoint: str,
-    prompts: str,
-    output: str,
-    max_tokens: int | None,
-    temperature: float | None,
-    top_k: int,
-    top_p: float,
-    num_beams: int,
-    length_penalty: float,
-    seed: int,
-    batch_size: int,
-    fsdp: int,
-    model: int,
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How the command line is asked to sample; see `dro_jax generate --help` for the attributes."""
+
+    max_tokens: int | None
+    temperature: float | None
+    top_k: int
+    top_p: float
+    num_beams: int
+    length_penalty: float
+    seed: int
+    batch_size: int
+    fsdp: int
+    model: int
+
+    def __post_init__(self) -> None:
+        """Raises UsageError for what is wrong whatever the policy."""
+        check_number("--batch_size", self.batch_size, whole=True, at_least=1)
+        if not 0 <= self.seed < 2**31:
+            raise UsageError(f"--seed {self.seed}: give a number from 0 to {2**31 - 1}")
+        for name, size in (("--fsdp", self.fsdp), ("--model", self.model)):
+            check_number(name, size, whole=True, at_least=1)
+        if jax.device_count() % (self.fsdp * self.model):
+            raise UsageError(
+                f"--fsdp {self.fsdp} --model {self.model}: {self.fsdp * self.model} devices at a time do not divide "
+                f"the {jax.device_count()} that are here"
+            )
+        self.decoding({"targets": 1})
+
+    def partitioning(self) -> Partitioning:
+        """How a policy is laid over the devices."""
+        return Partitioning(fsdp=self.fsdp, model=self.model)
+
+    def decoding(self, lengths: Mapping[str, int]) -> Decoding:
+        """How a policy of such lengths chooses tokens. Raises UsageError for settings that mean nothing."""
+        temperature = self.temperature
+        if temperature is None:
+            temperature = 0.0 if self.num_beams > 1 else 1.0
+        try:
+            return Decoding(
+                lengths["targets"] if self.max_tokens is None else self.max_tokens,
+                temperature,
+                self.top_k,
+                self.top_p,
+                self.num_beams,
+                self.length_penalty,
+            )
+        except ValueError as error:
+            raise UsageError(f"{error}") from error
+
+
+def run(*, checkpoint: str, prompts: str, output: str, sampling: Sampling) -> None:
     """Completes a file of prompts; see `dro_jax generate --help` for the arguments."""
     texts = read_prompts(prompts)
-    check_number("--batch_size", batch_size, whole=True, at_least=1)
-    if not 0 <= seed < 2**31:
-        raise UsageError(f"--seed {seed}: give a number from 0 to {2**31 - 1}")
-    for name, size in (("--fsdp", fsdp), ("--model", model)):
-        check_number(name, size, whole=True, at_least=1)
-    if jax.device_count() % (fsdp * model):
-        raise UsageError(
-            f"--fsdp {fsdp} --model {model}: {fsdp * model} devices at a time do not divide the "
-            f"{jax.device_count()} that are here"
-        )
-    policy = load_policy(checkpoint, Partitioning(fsdp=fsdp, model=model))
+    policy = load_policy(checkpoint, sampling.partitioning())
     limit = policy.lengths["inputs"]
     cut = sum(len(policy.vocabulary.encode(text)) >= limit for text in texts)
     if cut:
         logger.warning("%d of %d prompts are cut to %d tokens", cut, len(texts), limit)
-    try:
-        decoding = Decoding(
-            policy.lengths["targets"] if max_tokens is None else max_tokens,
-            (0.0 if num_beams > 1 else 1.0) if temperature is None else temperature,
-            top_k,
-            top_p,
-            num_beams,
-            length_penalty,
-        )
-    except ValueError as error:
-        raise UsageError(f"generate: {error}") from error
-    completions = complete(policy, texts, decoding, seed=seed, batch_size=batch_size)
+    decoding = sampling.decoding(policy.lengths)
+    completions = complete(
+        policy, texts, decoding, seed=sampling.seed, batch_size=sampling.batch_size
+    )
     lines = (
         json.dumps({"prompt": prompt, "completion": completion.text}, ensure_ascii=False) + "\n"
         for prompt, completion in zip(texts, completions, strict=True)

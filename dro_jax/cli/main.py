@@ -1,6 +1,7 @@
 """The `dro_jax` command and its subcommands."""
 
 import argparse
+import dataclasses
 import io
 import os
 import sys
@@ -11,6 +12,7 @@ import dro_jax
 from dro_jax.errors import DivergenceError, UsageError
 
 if TYPE_CHECKING:
+    from dro_jax.cli.generate import Sampling
     from dro_jax.cli.train import Interrupted
 
 EXIT_FAILED = 1
@@ -41,7 +43,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UsageError(
                 f"--gin.{bindings[0]}: only `dro_jax train`, `cache`, `plan` and `paper` take gin flags"
             )
-        commands = {"demo": _demo, "check": _check, "generate": _generate, "convert": _convert}
+        commands = {
+            "demo": _demo,
+            "check": _check,
+            "generate": _generate,
+            "compare": _compare,
+            "convert": _convert,
+        }
         return commands[parsed.command](parsed)
     except (UsageError, DivergenceError) as error:
         # Gin adds lines about the call that raised it.
@@ -174,6 +182,65 @@ def _parser() -> argparse.ArgumentParser:
         help="text with a prompt a line, or .jsonl with a field prompt; - is stdin (default)",
     )
     generate.add_argument("--output", default="-", help="file to write; - is stdout (default)")
+    _add_sampling(generate)
+
+    compare = commands.add_parser(
+        "compare",
+        help="which policy is better: side-by-side win rates by a judge, and a report",
+        epilog="The same command goes on after an interruption: completions and a language model's replies are kept in "
+        "--output.",
+    )
+    compare.add_argument(
+        "policies",
+        nargs="+",
+        metavar="POLICY",
+        help="MODEL_DIR of a run, one checkpoint_<step> in it, its reference, or a file of completions (.jsonl with "
+        "fields prompt and completion); two or more",
+    )
+    compare.add_argument(
+        "--prompts",
+        required=True,
+        help="text with a prompt a line, or .jsonl with a field prompt",
+    )
+    compare.add_argument(
+        "--judge",
+        required=True,
+        help="llm, llm:TEMPLATE_FILE, implied_reward:RUN, value:RUN or reward:MODULE:FUNCTION",
+    )
+    compare.add_argument(
+        "--output", required=True, help="folder for report.html, .md, .json and the completions"
+    )
+    compare.add_argument(
+        "--reference",
+        help="checkpoint that KL is measured from (default: the reference that the runs share)",
+    )
+    compare.add_argument("--folds", type=int, default=5, help="(default: %(default)s)")
+    compare.add_argument(
+        "--fold_size",
+        type=int,
+        default=1000,
+        help="prompts a fold; fewer where there are not so many (default: %(default)s)",
+    )
+    _add_sampling(compare)
+
+    convert = commands.add_parser(
+        "convert",
+        help="a Hugging Face T5 to start from, or a run for Hugging Face transformers",
+        epilog="A Hugging Face model becomes a folder for INIT_CHECKPOINT with a gin file; a run becomes a folder for "
+        "AutoModelForSeq2SeqLM, its value network beside it. Which way follows from what --from is.",
+    )
+    convert.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        help="config.json with safetensors, a model on the hub such as google/flan-t5-small, MODEL_DIR of a run, "
+        "or one checkpoint_<step> in it",
+    )
+    convert.add_argument("--to", dest="target", required=True, help="a folder, new or empty")
+    return parser
+
+
+def _add_sampling(generate: argparse.ArgumentParser) -> None:
     generate.add_argument(
         "--max_tokens", type=int, help="longest completion (default: the run's targets length)"
     )
@@ -213,22 +280,6 @@ def _parser() -> argparse.ArgumentParser:
         help="devices that weights and their activations are spread over, as Partitioning.model "
         "(default: %(default)s)",
     )
-
-    convert = commands.add_parser(
-        "convert",
-        help="a Hugging Face T5 to start from, or a run for Hugging Face transformers",
-        epilog="A Hugging Face model becomes a folder for INIT_CHECKPOINT with a gin file; a run becomes a folder for "
-        "AutoModelForSeq2SeqLM, its value network beside it. Which way follows from what --from is.",
-    )
-    convert.add_argument(
-        "--from",
-        dest="source",
-        required=True,
-        help="config.json with safetensors, a model on the hub such as google/flan-t5-small, MODEL_DIR of a run, "
-        "or one checkpoint_<step> in it",
-    )
-    convert.add_argument("--to", dest="target", required=True, help="a folder, new or empty")
-    return parser
 
 
 def _add_processes(train: argparse.ArgumentParser) -> None:
@@ -396,16 +447,31 @@ def _generate(parsed: argparse.Namespace) -> int:
         checkpoint=parsed.checkpoint,
         prompts=parsed.prompts,
         output=parsed.output,
-        max_tokens=parsed.max_tokens,
-        temperature=parsed.temperature,
-        top_k=parsed.top_k,
-        top_p=parsed.top_p,
-        num_beams=parsed.num_beams,
-        length_penalty=parsed.length_penalty,
-        seed=parsed.seed,
-        batch_size=parsed.batch_size,
-        fsdp=parsed.fsdp,
-        model=parsed.model,
+        sampling=_sampling(parsed),
+    )
+    return 0
+
+
+def _sampling(parsed: argparse.Namespace) -> "Sampling":
+    from dro_jax.cli.generate import Sampling
+
+    names = [field.name for field in dataclasses.fields(Sampling)]
+    return Sampling(**{name: getattr(parsed, name) for name in names})
+
+
+def _compare(parsed: argparse.Namespace) -> int:
+    _start_console()
+    from dro_jax.cli import compare
+
+    compare.run(
+        policies=parsed.policies,
+        prompts=parsed.prompts,
+        judge=parsed.judge,
+        output=parsed.output,
+        reference=parsed.reference,
+        folds=parsed.folds,
+        fold_size=parsed.fold_size,
+        sampling=_sampling(parsed),
     )
     return 0
 

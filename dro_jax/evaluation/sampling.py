@@ -199,6 +199,7 @@ def sample_prompts(
     longest: int,
     seed: int,
     batch_size: int,
+    first: int = 0,
     shards: int = 1,
 ) -> Iterator[np.ndarray]:
     """Samples prompts of all lengths in few shapes: batches of prompts of like length.
@@ -213,6 +214,7 @@ def sample_prompts(
       longest: most tokens of any prompt, the last of the encoder's lengths.
       seed: with a prompt's place in the list it fixes the completion, whatever the batch size.
       batch_size: prompts at a time.
+      first: place of the first of these prompts in the list.
       shards: parts that rows are cut into; batches are filled up to a multiple.
 
     Yields:
@@ -224,14 +226,14 @@ def sample_prompts(
     lengths = [encoder_length(len(prompt), longest) for prompt in prompts]
     sampled: dict[int, np.ndarray] = {}
     answered = 0
-    for first in range(0, len(prompts), WINDOW * rows):
-        window = range(first, min(first + WINDOW * rows, len(prompts)))
+    for start in range(0, len(prompts), WINDOW * rows):
+        window = range(start, min(start + WINDOW * rows, len(prompts)))
         by_length = sorted(window, key=lengths.__getitem__)
-        for start in range(0, len(by_length), rows):
-            batch = by_length[start : start + rows]
+        for at in range(0, len(by_length), rows):
+            batch = by_length[at : at + rows]
             tokens = np.zeros((rows, lengths[batch[-1]]), np.int32)
             places = np.zeros(rows, np.int32)
-            places[: len(batch)] = batch
+            places[: len(batch)] = first + np.array(batch)
             for row, place in enumerate(batch):
                 tokens[row, : len(prompts[place])] = prompts[place]
             completions = np.asarray(sampler(policy, tokens, seed, places))

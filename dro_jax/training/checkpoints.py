@@ -56,7 +56,16 @@ def checksums(tree: Tree) -> dict[str, int]:
 
 def weights_digest(tree: Tree) -> str:
     """What identifies a parameter tree: the SHA-256 of its arrays' checksums."""
-    return hashlib.sha256(json.dumps(checksums(tree), sort_keys=True).encode()).hexdigest()
+    return _digest_of_checksums(checksums(tree))
+
+
+def policy_digest(meta: Meta) -> str:
+    """`weights_digest` of the policy of a checkpoint, from its facts alone."""
+    return _digest_of_checksums(meta["checksums"]["policy"])
+
+
+def _digest_of_checksums(sums: dict[str, int]) -> str:
+    return hashlib.sha256(json.dumps(sums, sort_keys=True).encode()).hexdigest()
 
 
 @jax.jit
