@@ -68,7 +68,7 @@ setup(
     package_dir={"dro_jax.gin_configs": "gin_configs"},
     package_data={
         "dro_jax.gin_configs": ["**/*.gin"],
-        "dro_jax.evaluation": ["page.html", "page.js"],
+        "dro_jax.evaluation": ["page.css", "page.html", "page.js", "paper.html"],
     },
     install_requires=REQUIREMENTS,
     extras_require=EXTRAS,

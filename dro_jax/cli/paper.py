@@ -5,8 +5,10 @@ Test prompts are in no feedback file; what is chosen, KTO's tau, is chosen on th
 """
 
 import dataclasses
+import datetime
 import io
 import os
+import platform
 import shlex
 import signal
 import subprocess
@@ -15,9 +17,11 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import jax
 import numpy as np
 from etils import epath
 
+import dro_jax
 from dro_jax.cli import configuration, demo, train
 from dro_jax.cli.console import console, progress_bar
 from dro_jax.cli.generate import load_policy
@@ -143,7 +147,13 @@ def run(
         for split in ("validation", "test")
     }
     failed = {each.name: problem for each, problem in failures.items()}
-    for line in paper_page.write(directory, scores["test"], scores["validation"], failed):
+    conditions = (
+        f"dro_jax {dro_jax.__version__}, jax {jax.__version__}, Python {platform.python_version()}, "
+        f"{datetime.date.today().isoformat()}"
+    )
+    for line in paper_page.write(
+        directory, scores["test"], scores["validation"], failed, conditions
+    ):
         console.print(line)
     if failures:
         raise DivergenceError(

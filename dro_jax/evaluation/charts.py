@@ -38,7 +38,7 @@ _VARIABLES = {
     **{colour: f"var(--series-{k})" for k, colour in enumerate(SERIES)},
 }
 
-_STYLE: Any = {
+STYLE: Any = {
     "svg.fonttype": "none",
     # Otherwise names of clip paths and markers are random.
     "svg.hashsalt": "dro_jax",
@@ -63,7 +63,7 @@ _STYLE: Any = {
     "figure.constrained_layout.use": True,
 }
 
-_WIDTH = 4.8
+WIDTH = 4.8
 """Inches. On a phone a chart is about two thirds as wide, and its text still legible."""
 
 LOSSES = (
@@ -81,8 +81,8 @@ LOSSES = (
 def intervals(report: Report) -> str:
     """Each pair's win rate with its interval, and the win rates of its folds."""
     pairs = [pair.swapped() if pair.win_rate < 0.5 else pair for pair in report.pairs]
-    with mpl.rc_context(_STYLE):
-        figure = Figure((_WIDTH, 0.7 + 0.5 * len(pairs)))
+    with mpl.rc_context(STYLE):
+        figure = Figure((WIDTH, 0.7 + 0.5 * len(pairs)))
         axes = figure.add_subplot()
         axes.grid(False)
         axes.axvline(50, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
@@ -92,12 +92,12 @@ def intervals(report: Report) -> str:
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         axes.set_xlabel("win rate, %")
-        return _svg(figure, "Win rates of all pairs with intervals and folds")
+        return to_svg(figure, "Win rates of all pairs with intervals and folds")
 
 
 def _interval(axes: Axes, row: int, pair: Pair) -> None:
     axes.annotate(
-        _plain(f"{pair.first} over {pair.second}"),
+        plain(f"{pair.first} over {pair.second}"),
         (0, row - 0.26),
         xycoords=("axes fraction", "data"),
         va="bottom",
@@ -115,19 +115,19 @@ def lengths(report: Report) -> str:
     # One endless answer would leave a single bar of the rest.
     top = max(1.0, float(np.quantile(np.concatenate(of_each), 0.99)))
     edges = np.linspace(0, top, 25)
-    with mpl.rc_context(_STYLE):
-        figure = Figure((_WIDTH, 2.8))
+    with mpl.rc_context(STYLE):
+        figure = Figure((WIDTH, 2.8))
         axes = figure.add_subplot()
         for k, (policy, counted) in enumerate(zip(report.policies, of_each, strict=True)):
             shares = np.histogram(np.minimum(counted, top), edges)[0] / len(counted)
             colour = SERIES[k % len(SERIES)]
             axes.stairs(100 * shares, edges, fill=True, color=colour, alpha=0.12)
-            axes.stairs(100 * shares, edges, color=colour, linewidth=1.6, label=_plain(policy.name))
+            axes.stairs(100 * shares, edges, color=colour, linewidth=1.6, label=plain(policy.name))
         axes.set_xlim(0, top)
         axes.set_xlabel("characters (the longest 1% are in the last bar)")
         axes.set_ylabel("share of answers, %")
         axes.legend()
-        return _svg(figure, "Histogram of answer lengths by policy")
+        return to_svg(figure, "Histogram of answer lengths by policy")
 
 
 def plane(report: Report) -> str | None:
@@ -145,8 +145,8 @@ def plane(report: Report) -> str | None:
         return None
     distances = [ratio.mean for _, _, ratio, _, _ in points]
     middle = (min(distances) + max(distances)) / 2
-    with mpl.rc_context(_STYLE):
-        figure = Figure((_WIDTH, 3.2))
+    with mpl.rc_context(STYLE):
+        figure = Figure((WIDTH, 3.2))
         axes = figure.add_subplot()
         axes.axhline(50, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
         z = stats.norm.ppf(0.5 + CONFIDENCE / 2)
@@ -160,7 +160,7 @@ def plane(report: Report) -> str | None:
             # Towards the middle, and without a say in the size of the axes.
             leftwards = x > middle
             axes.annotate(
-                _plain(policy.name),
+                plain(policy.name),
                 (x, y),
                 (-6 if leftwards else 6, 5),
                 textcoords="offset points",
@@ -168,8 +168,8 @@ def plane(report: Report) -> str | None:
             ).set_in_layout(False)
         axes.margins(x=0.2, y=0.2)
         axes.set_xlabel(f"{log_ratio_name(report.setting)}, nats a sequence")
-        axes.set_ylabel(_plain(f"win rate over {against.name}, %"))
-        return _svg(figure, "Win rate and distance from the reference of each policy")
+        axes.set_ylabel(plain(f"win rate over {against.name}, %"))
+        return to_svg(figure, "Win rate and distance from the reference of each policy")
 
 
 def _over(report: Report, name: str, other: str) -> tuple[float, tuple[float, float]]:
@@ -226,8 +226,8 @@ def training(report: Report) -> Iterator[tuple[str, str]]:
 
 
 def _curves(lines: Sequence[tuple[str, Curve, str, str, float]], title: str) -> str:
-    with mpl.rc_context(_STYLE):
-        figure = Figure((_WIDTH, 2.6))
+    with mpl.rc_context(STYLE):
+        figure = Figure((WIDTH, 2.6))
         axes = figure.add_subplot()
         for name, curve, colour, style, alpha in lines:
             axes.plot(
@@ -239,19 +239,20 @@ def _curves(lines: Sequence[tuple[str, Curve, str, str, float]], title: str) -> 
                 linewidth=1.6,
                 marker="o" if len(curve.steps) < 12 else None,
                 markersize=3.5,
-                label=_plain(name),
+                label=plain(name),
             )
         axes.set_xlabel("step")
         axes.legend()
-        return _svg(figure, title)
+        return to_svg(figure, title)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """Text that Matplotlib shows as it is: dollars would be formulas, a leading underscore hides a legend's entry."""
     return "\u200b" * text.startswith("_") + text.replace("$", r"\$")
 
 
-def _svg(figure: Figure, title: str) -> str:
+def to_svg(figure: Figure, title: str) -> str:
+    """A figure as SVG for a page, in the page's colours. The title is for those who cannot see it."""
     written = io.StringIO()
     figure.savefig(
         written,

@@ -43,12 +43,13 @@ def to_html(report: Report) -> str:
         "matrix": _matrix(report),
         "matrix_width": " whole-row" if len(report.policies) > 4 else "",
         "charts": _charts(report),
-        "pairs": _table(PAIR_COLUMNS, pair_rows(report), text=(0,)),
+        "pairs": table(PAIR_COLUMNS, pair_rows(report), text=(0,)),
         "policies": _policies(report),
         "training": _training(report),
         "notes": "".join(f"<li>{html.escape(note)}</li>" for note in notes(report)),
         "footer": html.escape(f"dro_jax {setting.version}, {setting.date}"),
         "data": _data(report),
+        "style": files.joinpath("page.css").read_text(encoding="utf-8"),
         "script": script,
         # The page's policy lets this script run and no other.
         "script_digest": base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
@@ -122,15 +123,16 @@ def _charts(report: Report) -> str:
                 plane,
             )
         )
-    return "".join(_figure(caption, svg) for caption, svg in drawn)
+    return "".join(figure(caption, svg) for caption, svg in drawn)
 
 
-def _figure(caption: str, svg: str) -> str:
+def figure(caption: str, svg: str) -> str:
+    """A chart with its caption."""
     return f"<figure><figcaption>{html.escape(caption)}</figcaption>{svg}</figure>"
 
 
 def _training(report: Report) -> str:
-    figures = "".join(_figure(caption, svg) for caption, svg in charts.training(report))
+    figures = "".join(figure(caption, svg) for caption, svg in charts.training(report))
     return f'<h2 id="training">Training</h2><div class="charts">{figures}</div>' if figures else ""
 
 
@@ -142,10 +144,10 @@ def _policies(report: Report) -> str:
         ]
         for k, (name, *others) in enumerate(policy_rows(report))
     ]
-    return _table(policy_columns(report), rows, text=(0, 1), escaped=True)
+    return table(policy_columns(report), rows, text=(0, 1), escaped=True)
 
 
-def _table(
+def table(
     columns: Sequence[str],
     rows: Sequence[Sequence[str]],
     *,

@@ -1,13 +1,19 @@
 """The page of `dro_jax paper`: our numbers beside the paper's, as JSON, Markdown and HTML."""
 
 import dataclasses
+import html
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import resources
 from typing import Any
 
+import matplotlib as mpl
 import numpy as np
 from etils import epath
+from matplotlib.figure import Figure
 
+from dro_jax.evaluation import charts, page
 from dro_jax.evaluation.enumeration import AnswerScores, Frontier, head_to_head
 from dro_jax.evaluation.experiments import (
     EXPERIMENTS,
@@ -137,13 +143,15 @@ def headline(findings: Findings) -> str:
             name: findings.points[arm] for name, arm in named.items() if arm in findings.points
         }
         shares = [
-            f"{name} gains {_share(points)} of what is possible at its distance from the reference "
-            f"({_mean([p.kl for p in points]):.2f} nats)"
+            f"{name} {_share(points)} (KL {_mean([p.kl for p in points]):.2f} nats)"
             for name, points in there.items()
         ]
         if shares:
-            parts.append(f"With the {model} model {'; '.join(shares)}.")
-    return " ".join(parts)
+            parts.append(f"{', '.join(shares)} with the {model} model")
+    return (
+        "Of the reward that any policy can gain at its distance from the reference, each method "
+        f"reaches: {'; '.join(parts)}."
+    )
 
 
 def tables(findings: Findings) -> list[Table]:
@@ -180,15 +188,15 @@ def tables(findings: Findings) -> list[Table]:
 
 _COLUMNS = (
     "arm",
-    "win rate over SFT, %",
+    "win rate, %",
     "paper, %",
-    "optimum's, %",
-    "KL from SFT, nats",
-    "reward gained",
-    "possible at that KL",
-    "KL to π*, nats",
-    "error of V",
-    "mass on answers",
+    "optimum, %",
+    "KL, nats",
+    "gain",
+    "possible",
+    "KL to π*",
+    "V error",
+    "mass",
 )
 
 
@@ -287,6 +295,8 @@ def _spread(numbers: Sequence[float], digits: int) -> str:
 
 
 NOTES = (
+    "Columns: win rate over SFT; the paper's; that of the exact optimum at tau = 1 over our SFT; KL(π || SFT); reward "
+    "gained over SFT, and the most that is possible at that KL; KL(π || π*); error of V; probability of the answers.",
     "The task is `dro_jax demo`'s: four letters to put in order for a harsh or a mild rater. Its 24 answers can be "
     "enumerated, so every number here is exact for the policy that was trained: nothing is sampled and nobody judges.",
     "Win rates are by the true score on prompts that are in no feedback file; text that is no answer loses. ± is the "
@@ -301,21 +311,27 @@ NOTES = (
 
 
 def write(
-    directory: epath.Path, test: Scores, validation: Scores, failures: Mapping[str, str]
+    directory: epath.Path,
+    test: Scores,
+    validation: Scores,
+    failures: Mapping[str, str],
+    conditions: str,
 ) -> list[str]:
-    """Writes paper.json and paper.md into a folder; returns what to tell the person at the terminal.
+    """Writes paper.json, paper.md and paper.html into a folder; returns what to tell the person at the terminal.
 
     Args:
       directory: where to.
       test: every answer to the test prompts, scored by each run.
       validation: the same of the validation prompts.
       failures: by run, why it is not among them.
+      conditions: versions and date, for the foot of the page.
     """
     findings = findings_of(test, validation, failures)
     found = tables(findings)
     places = {
         directory / "paper.json": json.dumps(_json(findings), indent=2) + "\n",
-        directory / "paper.md": _markdown(findings, found),
+        directory / "paper.md": _markdown(findings, found, conditions),
+        directory / "paper.html": _html(findings, found, conditions),
     }
     for place, text in places.items():
         partial = place.parent / f"{place.name}.partial"
@@ -343,13 +359,106 @@ def _json(findings: Findings) -> dict[str, Any]:
     }
 
 
-def _markdown(findings: Findings, found: Sequence[Table]) -> str:
+def _html(findings: Findings, found: Sequence[Table], conditions: str) -> str:
+    files = resources.files("dro_jax.evaluation")
+    facts = {
+        "Arms": str(len(findings.points)),
+        "Seeds": ", ".join(map(str, findings.seeds)),
+        "Trainings": str(sum(map(len, findings.points.values()))),
+        "Failed": str(len(findings.failures)),
+    }
+    written = [
+        f"<h2>{html.escape(t.title)}</h2>"
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(t.title)}">'
+        f"{page.table(t.columns, t.rows, text=(0,))}</div>"
+        f'<p class="note">{html.escape(t.note)}</p>'
+        for t in found
+    ]
+    parts = {
+        "style": files.joinpath("page.css").read_text(encoding="utf-8"),
+        "headline": html.escape(headline(findings)),
+        "facts": "".join(
+            f"<div><dt>{name}</dt><dd>{html.escape(fact)}</dd></div>"
+            for name, fact in facts.items()
+        ),
+        "charts": "".join(
+            page.figure(caption, svg)
+            for size in findings.frontiers
+            for caption, svg in _planes(findings, size)
+        ),
+        "tables": "".join(written),
+        "notes": "".join(f"<li>{html.escape(note)}</li>" for note in _notes(findings)),
+        "footer": html.escape(conditions),
+    }
+    template = files.joinpath("paper.html").read_text(encoding="utf-8")
+    return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
+
+
+GROUPS = {
+    "DRO-V": r"dro_v",
+    "DRO-V, other settings": r"dro_v_(rates|value_rate|tau).*",
+    "DRO-V, other sharing": r"dro_v_single.*",
+    "DRO-P": r"dro_p",
+    "KTO": r"kto.*",
+}
+"""Arms of one colour."""
+
+
+def _planes(findings: Findings, size: str) -> Iterator[tuple[str, str]]:
+    """Captions and charts: reward, and win rate, over the distance from the reference."""
+    model = "larger" if size else "smaller"
+    best = findings.frontiers[size]
+    arms = [name for name in findings.points if name.startswith(LARGER) == bool(size)]
+    quantities: list[tuple[str, str, Callable[[Point], float], np.ndarray]] = [
+        ("reward gained over SFT", "gain", lambda p: p.gain, best.gain),
+        ("win rate over SFT, %", "win rate", lambda p: 100 * p.win_rate, 100 * best.win_rate),
+    ]
+    furthest = 1.15 * max(point.kl for name in arms for point in findings.points[name])
+    shown = best.kl <= max(furthest, best.kl[1])
+    for label, short, value, optimum in quantities:
+        with mpl.rc_context(charts.STYLE):
+            figure = Figure((charts.WIDTH, 3.4))
+            axes = figure.add_subplot()
+            axes.plot(best.kl[shown], optimum[shown], color=charts.TEXT, linewidth=1.2)
+            for k, (group, pattern) in enumerate(GROUPS.items()):
+                points = [
+                    point
+                    for name in arms
+                    if re.fullmatch(pattern, name.removeprefix(LARGER))
+                    for point in findings.points[name]
+                ]
+                if points:
+                    axes.plot(
+                        [point.kl for point in points],
+                        [value(point) for point in points],
+                        "o",
+                        color=charts.SERIES[k],
+                        markersize=5,
+                        label=group,
+                    )
+            axes.set_xlabel("KL from SFT, nats")
+            axes.set_ylabel(label)
+            axes.legend(loc="best")
+            title = f"The {model} model: {short} and distance from the reference"
+            yield f"{title}.", charts.to_svg(figure, title)
+
+
+def _notes(findings: Findings) -> list[str]:
+    return [*NOTES, *(f"{name} failed: {problem}" for name, problem in findings.failures.items())]
+
+
+def _markdown(findings: Findings, found: Sequence[Table], conditions: str) -> str:
     lines = ["# The paper in miniature", "", headline(findings), ""]
     for table in found:
         lines += [f"## {table.title}", ""]
         lines += [f"| {' | '.join(row)} |" for row in (table.columns, ["---"] * len(table.columns))]
         lines += [f"| {' | '.join(row)} |" for row in table.rows]
         lines += ["", table.note, ""]
-    lines += ["## How to read this", "", *(f"- {note}" for note in NOTES)]
-    lines += [f"- {name} failed: {problem}" for name, problem in findings.failures.items()]
+    lines += [
+        "## How to read this",
+        "",
+        *(f"- {note}" for note in _notes(findings)),
+        "",
+        conditions,
+    ]
     return "\n".join(lines) + "\n"

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -135,7 +136,9 @@ def runs():
 
 def test_the_page(runs, tmp_path):
     folder = epath.Path(tmp_path)
-    told = paper_page.write(folder, runs, runs, {"seed_1/kto_tau_0.1": "loss is nan at step 3"})
+    told = paper_page.write(
+        folder, runs, runs, {"seed_1/kto_tau_0.1": "loss is nan at <step> 3"}, "dro_jax 7"
+    )
     numbers = json.loads((folder / "paper.json").read_text())
     assert numbers["seeds"] == [0, 1]
     ours = [experiments.point_of(runs["dro_v", seed]).win_rate for seed in (0, 1)]
@@ -156,7 +159,15 @@ def test_the_page(runs, tmp_path):
     assert "| dro_v, kto_tau_1.0 |" in text
     assert "## tau of KTO (figure 4)" in text
     assert "0 of 1 pairs of arms are in the paper's order" in text
-    assert "seed_1/kto_tau_0.1 failed: loss is nan at step 3" in text
-    assert "DRO-V gains 100% of what is possible" in told[0]
+    assert "seed_1/kto_tau_0.1 failed: loss is nan at <step> 3" in text
+    assert "reaches: DRO-V 100% (KL 0." in told[0]
     for name in ("dro_p", "dro_v_single_value"):
         assert f"| {name} | " in text
+    page = (folder / "paper.html").read_text()
+    assert "dro_jax 7" in page
+    assert "loss is nan at &lt;step&gt; 3" in page
+    assert f"<td>{mean:.1f} ± {spread:.1f}</td>" in page
+    # Two charts a size, with the frontier and every group that was run.
+    assert page.count("<figure>") == 4
+    assert "{{" not in page
+    assert not re.search(r'(src|href)="(?!#)', page)
