@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="small", help="default: %(default)s")
     parser.add_argument("--batch_size", type=int, default=16, help="default: %(default)s")
-    parser.add_argument("--prompt_tokens", type=int, default=128, help="default: %(default)s")
+    parser.add_argument("--prompt_tokens", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--new_tokens", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--repeats", type=int, default=7, help="default: %(default)s")
     parser.add_argument("--output", help="a JSON file for the results")

@@ -7,13 +7,14 @@ import jax.numpy as jnp
 
 from dro_jax.networks import T5, T5Config
 from dro_jax.networks.sharding import by_rows
+from dro_jax.networks.t5 import decoding_variables
 
 Array = jax.Array
 
 
 def beam_search(
     config: T5Config,
-    variables: Any,
+    params: Any,
     encoder_input_tokens: Array,
     *,
     max_tokens: int,
@@ -34,7 +35,7 @@ def beam_search(
 
     Args:
       config: the T5's shape.
-      variables: its parameters, as Flax takes them.
+      params: its parameters, of `weights_in_use`.
       encoder_input_tokens: int32 [B, Ti]; a row of zeros is done from the start.
       max_tokens: longest completion, end of sequence included.
       num_beams: K.
@@ -46,7 +47,10 @@ def beam_search(
     """
     model = T5(config)
     rows, beams = encoder_input_tokens.shape[0], num_beams
-    caches = model.apply(variables, encoder_input_tokens, max_tokens, beams, method="init_cache")
+    caches = model.apply(
+        {"params": params}, encoder_input_tokens, max_tokens, beams, method="init_cache"
+    )
+    variables = decoding_variables(config, params)
 
     def unfinished(carry: tuple[Any, ...]) -> Array:
         index, done = carry[0], carry[1]

@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 from dro_jax.evaluation.beam_search import beam_search, top_k
 from dro_jax.networks import T5, T5Config
 from dro_jax.networks.sharding import Rules, constrain, laid_over
-from dro_jax.networks.t5 import weights_in_use
+from dro_jax.networks.t5 import decoding_variables, weights_in_use
 
 Array = jax.Array
 Sampler = Callable[[Any, ArrayLike, ArrayLike, ArrayLike], Array]
@@ -100,11 +100,11 @@ def make_sampler(
     def sample(policy: Any, encoder_input_tokens: Array, seed: Array, places: Array) -> Array:
         with placed():
             encoder_input_tokens = constrain(encoder_input_tokens, "batch", None)
-            variables = {"params": weights_in_use(config, policy)}
+            params = weights_in_use(config, policy)
             if decoding.num_beams > 1:
                 return beam_search(
                     config,
-                    variables,
+                    params,
                     encoder_input_tokens,
                     max_tokens=decoding.max_tokens,
                     num_beams=decoding.num_beams,
@@ -112,7 +112,7 @@ def make_sampler(
                     eos_id=eos_id,
                 )
             keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), places)
-            return draw(config, variables, encoder_input_tokens, keys, decoding, eos_id)
+            return draw(config, params, encoder_input_tokens, keys, decoding, eos_id)
 
     whole = None if mesh is None else NamedSharding(mesh, PartitionSpec())
     return jax.jit(sample, out_shardings=whole)
@@ -120,7 +120,7 @@ def make_sampler(
 
 def draw(
     config: T5Config,
-    variables: Any,
+    params: Any,
     encoder_input_tokens: Array,
     keys: Array,
     decoding: Decoding,
@@ -130,7 +130,7 @@ def draw(
 
     Args:
       config: the T5's shape.
-      variables: its parameters, as Flax takes them.
+      params: its parameters, of `weights_in_use`.
       encoder_input_tokens: int32 [B, Ti].
       keys: one random key a row.
       decoding: how tokens are chosen.
@@ -141,7 +141,8 @@ def draw(
     """
     model = T5(config)
     length = decoding.max_tokens
-    caches = model.apply(variables, encoder_input_tokens, length, method="init_cache")
+    caches = model.apply({"params": params}, encoder_input_tokens, length, method="init_cache")
+    variables = decoding_variables(config, params)
     rows = encoder_input_tokens.shape[0]
 
     def unfinished(carry: tuple[Any, ...]) -> Array:

@@ -126,7 +126,7 @@ def test_one_beam_is_greedy(params):
     )
     greedy = make_sampler(ONE_LAYER, Decoding(length, temperature=0.0), EOS)
     expected = np.asarray(greedy(params, prompts, 0, np.arange(len(prompts))))
-    np.testing.assert_array_equal(search({"params": params}, prompts), expected)
+    np.testing.assert_array_equal(search(params, prompts), expected)
     assert (expected == EOS).any()
 
 
