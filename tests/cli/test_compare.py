@@ -7,11 +7,13 @@ import math
 import os
 import shutil
 import sys
+import time
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from clu import metric_writers
 from etils import epath
 
 from dro_jax.cli import compare, generate
@@ -166,7 +168,8 @@ def test_kl_is_the_mean_log_ratio_of_the_tokens_drawn(finished, sft_run, dro_v_r
     # The tokens that were drawn, by the plain forward.
     policy = generate.load_policy(str(dro_v_run.directory))
     reference = generate.load_policy(str(sft_run.directory))
-    drawn = generate.complete(policy, PROMPTS, Decoding(8), seed=0, batch_size=8)
+    drawn = list(generate.complete(policy, PROMPTS, Decoding(8), seed=0, batch_size=8))
+    assert of_policy["cut"] == sum(completion.tokens[-1] != 1 for completion in drawn) > 0
     expected = [
         log_prob(policy, prompt, completion.tokens) - log_prob(reference, prompt, completion.tokens)
         for prompt, completion in zip(PROMPTS, drawn, strict=True)
@@ -372,6 +375,25 @@ def test_another_checkpoint_in_the_same_place_is_sampled_anew(compared, sft_run,
     assert compared(older, sft_run.directory)[0].code == 0
     (new,) = set((again / "completions").iterdir()) - before
     assert new.name.startswith("dro_v_checkpoint_4-")
+
+
+def test_curves_of_a_run_that_was_resumed(tmp_path):
+    for first, value in ((1, 1.0), (3, 2.0)):
+        for folder in ("train", "training_eval"):
+            writer = metric_writers.SummaryWriter(str(tmp_path / folder))
+            for step in range(first, first + 4):
+                writer.write_scalars(step, {"loss/dro": value * step, "other": 0.0})
+            writer.close()
+        # TensorBoard names a file by the second.
+        time.sleep(1.1)
+    run = compare.Run("run", epath.Path(tmp_path), 6, {}, "run")
+    again = dataclasses.replace(run, name="run/checkpoint_3", step=3)
+    curves = compare.read_curves([run, again])
+    assert set(curves) == {"run"}
+    assert set(curves["run"]) == {"train loss/dro", "held out loss/dro"}
+    curve = curves["run"]["train loss/dro"]
+    assert curve.steps == [1, 2, 3, 4, 5, 6]
+    assert curve.values == [1.0, 2.0, 6.0, 8.0, 10.0, 12.0]
 
 
 def test_decoding_that_draws_otherwise_has_no_kl(compared, sft_run, dro_v_run, place):
