@@ -19,6 +19,7 @@ from etils import epath
 from dro_jax.cli import compare, generate
 from dro_jax.cli.generate import Completion, Sampling
 from dro_jax.data import demonstration
+from dro_jax.errors import UsageError
 from dro_jax.evaluation.sampling import Decoding
 from dro_jax.networks import T5
 
@@ -164,6 +165,7 @@ def test_kl_is_the_mean_log_ratio_of_the_tokens_drawn(finished, sft_run, dro_v_r
     assert np.abs(ratios).max() > 1e-4
     # The reference itself, by its weights.
     assert of_sft["is_reference"]
+    assert not of_policy["is_reference"]
     assert of_sft["log_ratio"] == {"mean": 0.0, "standard_error": 0.0}
     # The tokens that were drawn, by the plain forward.
     policy = generate.load_policy(str(dro_v_run.directory))
@@ -438,6 +440,28 @@ def test_no_reference_is_said(compared, sft_run):
     assert result.code == 0
     assert report["policies"][0]["is_reference"]
     assert report["policies"][1]["log_ratio"]["mean"] != 0
+
+
+def test_runs_of_different_references_or_vocabularies_have_none_in_common(dro_v_run):
+    run = compare.find(str(dro_v_run.directory), "run", PROMPTS)
+
+    def like(**facts):
+        return dataclasses.replace(run, meta=run.meta | facts)
+
+    assert (
+        compare.find_reference(None, [run, like(reference=None)])[0].weights()
+        == run.meta["reference"]
+    )
+    for other in (like(reference="another"), like(vocabulary="another")):
+        reference, why = compare.find_reference(None, [run, other])
+        assert reference is None
+        assert why.startswith("the runs have different references or vocabularies")
+    gone = dataclasses.replace(run, directory=run.directory / "nowhere")
+    assert compare.find_reference(None, [gone])[1].startswith(
+        "the runs' reference is not there any more"
+    )
+    with pytest.raises(UsageError, match="has another vocabulary than"):
+        compare.find_reference(str(dro_v_run.directory), [like(vocabulary="another")])
 
 
 def test_a_judge_without_a_verdict(compared, sft_run, dro_v_run, again):
