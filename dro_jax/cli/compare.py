@@ -30,7 +30,7 @@ from dro_jax.cli.generate import (
     read_prompts,
 )
 from dro_jax.cli.judging import load_judge
-from dro_jax.cli.train import REFERENCE, make_directory
+from dro_jax.cli.run_folder import REFERENCE, make_directory
 from dro_jax.data.packing import Example, packed_batches
 from dro_jax.data.vocabulary import encode_prompt
 from dro_jax.errors import UsageError, check_number
