@@ -64,6 +64,11 @@ class Partitioning:
                         f"Partitioning.rules: {axis!r} goes to {name!r}, which is no mesh axis; there are "
                         f"{', '.join(MESH_AXES)}"
                     )
+        # Lists serve in gin as well, but compiled programs are found again by their rules.
+        rules = tuple(
+            (axis, to if isinstance(to, str | None) else tuple(to)) for axis, to in self.rules
+        )
+        object.__setattr__(self, "rules", rules)
 
     def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
         """The mesh over the devices, by default all of all processes. Raises UsageError where it does not fit."""

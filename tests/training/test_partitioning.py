@@ -250,3 +250,9 @@ def test_a_batch_is_spread_over_data_and_fsdp(cube):
         (4.0, 5.0),
         (6.0, 7.0),
     }
+
+
+def test_rules_may_be_lists():
+    rules = partitioning.Partitioning(rules=[["batch", ["data", "fsdp"]], ["vocab", "model"]])
+    assert rules.rules == (("batch", ("data", "fsdp")), ("vocab", "model"))
+    assert hash(rules) == hash(partitioning.Partitioning(rules=rules.rules))
