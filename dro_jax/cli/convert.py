@@ -19,9 +19,9 @@ from dro_jax.interop import (
     huggingface,
     parameter_shapes,
     stored_arrays,
-    t5x_checkpoints,
     tokenizer_files,
 )
+from dro_jax.interop.t5x import checkpoints as t5x_checkpoints
 from dro_jax.networks import T5Config
 from dro_jax.training import checkpoints
 

@@ -81,7 +81,12 @@ class FeedbackFeatureConverter(seqio.EncDecFeatureConverter):
             # With one example a row there is nothing to tell apart.
             if max_examples > 1 or not name.endswith(("_segment_ids", "_positions"))
         }
-        return tf.data.Dataset.from_generator(rows, output_signature=signature)
+        converted = tf.data.Dataset.from_generator(rows, output_signature=signature)
+        count = ds.cardinality()
+        if not self.pack and count >= 0:
+            # T5X's evaluation asks for it.
+            converted = converted.apply(tf.data.experimental.assert_cardinality(count))
+        return converted
 
     def get_model_feature_lengths(
         self, task_feature_lengths: Mapping[str, int]

@@ -8,8 +8,9 @@ import pytest
 from etils import epath
 
 from dro_jax.cli import generate
-from dro_jax.interop import parameter_shapes, t5x_checkpoints
+from dro_jax.interop import parameter_shapes
 from dro_jax.interop.stored_arrays import StoredArray
+from dro_jax.interop.t5x import checkpoints as t5x_checkpoints
 from dro_jax.training import checkpoints
 
 INTEROP = Path(__file__).parents[1] / "interop"

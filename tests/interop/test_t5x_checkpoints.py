@@ -16,8 +16,9 @@ from flax import serialization
 from flax.traverse_util import unflatten_dict
 
 from dro_jax.errors import UsageError
-from dro_jax.interop import t5x_checkpoints
+from dro_jax.interop import parameter_shapes
 from dro_jax.interop.stored_arrays import StoredArray
+from dro_jax.interop.t5x import checkpoints as t5x_checkpoints
 from dro_jax.networks import T5
 
 GOLDEN = Path(__file__).parent / "golden_t5x"
@@ -169,7 +170,7 @@ def random_arrays(shapes, seed):
 @pytest.mark.parametrize("scan", [False, True])
 def test_what_is_written_reads_the_same(scan, unpacked, tmp_path):
     config = opened(unpacked("v1_1_scanned")).config
-    shapes = t5x_checkpoints.parameter_shapes.shapes
+    shapes = parameter_shapes.shapes
     policy, stored = random_arrays(shapes(config), 0)
     value, stored_value = random_arrays(shapes(config, value=True), 1)
     path = epath.Path(tmp_path / "checkpoint_7")
@@ -302,7 +303,7 @@ def test_what_is_no_checkpoint_is_not_found(tmp_path):
 def test_reading_needs_no_t5x_and_no_tensorflow():
     code = """
 import sys
-import dro_jax.interop.t5x_checkpoints
+import dro_jax.interop.t5x.checkpoints
 assert not {"t5x", "tensorflow", "seqio", "gin"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
