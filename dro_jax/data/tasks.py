@@ -140,6 +140,7 @@ def feedback_task(
     mismatched: bool = False,
     prompt_ids: bool = False,
     drop_overlong: bool = False,
+    keep_text: bool = False,
     metric_fns: Sequence[Callable[..., Any]] = (),
     name: str = "feedback",
 ) -> seqio.Task:
@@ -160,6 +161,7 @@ def feedback_task(
         mismatched: give each example the completion of another prompt too, for KTO.
         prompt_ids: give each example its prompt's number, to find the others of that prompt.
         drop_overlong: leave out completions that do not fit, instead of cutting them.
+        keep_text: give each example its texts too, as `inputs_pretokenized` and so on.
         metric_fns: of SeqIO's evaluation.
         name: of the task, unique among those that are cached.
     """
@@ -184,7 +186,7 @@ def feedback_task(
         ),
         preprocessors=[
             functools.partial(_normalise_rewards, statistics=statistics),
-            functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
+            functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=keep_text),
             seqio.CacheDatasetPlaceholder(),
             functools.partial(_append_end, drop_overlong=drop_overlong),
         ],
@@ -200,6 +202,7 @@ def register_feedback_task(
     *,
     vocabulary_file: str | None = None,
     mismatched: bool = False,
+    keep_text: bool = False,
     metric_fns: Sequence[Callable[..., Any]] = (),
 ) -> seqio.Task:
     """Registers a feedback task with SeqIO, for tools that find tasks by name.
@@ -215,6 +218,7 @@ def register_feedback_task(
         file: what to read, and how to judge and split it.
         vocabulary_file: a SentencePiece model, or None for bytes.
         mismatched: give each example the completion of another prompt too, for KTO.
+        keep_text: give each example its texts too, for readers.
         metric_fns: of SeqIO's evaluation.
 
     Raises:
@@ -228,6 +232,7 @@ def register_feedback_task(
         num_input_examples=summary.num_input_examples,
         min_reward=summary.top_reward,
         mismatched=mismatched,
+        keep_text=keep_text,
         metric_fns=metric_fns,
         name=name,
     )

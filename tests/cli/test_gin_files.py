@@ -24,7 +24,11 @@ MODELS = [name for name in FILES if name.startswith("models/")]
 ALGORITHMS = [name for name in FILES if name.startswith("algorithms/")]
 BASE = "runs/train.gin"
 WITHOUT_A_METHOD = "runs/demo_align.gin"
-RUNS = [name for name in FILES if name not in (*MODELS, *ALGORITHMS, BASE, WITHOUT_A_METHOD)]
+# Read by T5X itself, in tests/interop/test_t5x_training.py.
+OF_T5X = [name for name in FILES if name.startswith("t5x/")]
+RUNS = [
+    name for name in FILES if name not in (*MODELS, *ALGORITHMS, *OF_T5X, BASE, WITHOUT_A_METHOD)
+]
 
 METHODS = {
     "dro_v": DroV(),

@@ -44,6 +44,7 @@ class AlignmentModel(models.EncoderDecoderModel):
         optimizer_def: optimizers.OptimizerDef,
         algorithm: Algorithm,
         batch_size: int,
+        num_microbatches: int | None = None,
         decode_fn: models.DecodeFnCallable = decoding.beam_search,
     ) -> None:
         """Takes what `EncoderDecoderModel` does, and
@@ -54,7 +55,8 @@ class AlignmentModel(models.EncoderDecoderModel):
           output_vocabulary: of completions.
           optimizer_def: an `AlignmentOptimizer`.
           algorithm: the method.
-          batch_size: rows a training step, over all devices: fewer are taken to be a microbatch of T5X's.
+          batch_size: rows a training step, over all devices.
+          num_microbatches: of the trainer, which adds up their gradients.
           decode_fn: of T5X.
 
         Raises:
@@ -75,6 +77,13 @@ class AlignmentModel(models.EncoderDecoderModel):
                 f"{name}.networks is 'single': its last vocabulary entry is no token, which T5X's decoding does not "
                 "know; give 'double', or use `dro_jax train`"
             )
+        parts = num_microbatches or 1
+        alone = isinstance(algorithm, DroV) and algorithm.values != "single"
+        if parts > 1 and not alone:
+            raise UsageError(
+                f"NUM_MICROBATCHES is {parts}: {name} needs all of the batch at once, of which T5X shows parts; give "
+                "None"
+            )
         check_vocabulary_fits(input_vocabulary, module.config.vocab_size)
         super().__init__(
             module=module,
@@ -87,7 +96,7 @@ class AlignmentModel(models.EncoderDecoderModel):
             ),
         )
         self._algorithm = algorithm
-        self._batch_size = batch_size
+        self._batch_size, self._parts = batch_size, parts
         self._config = model_config(module.config)
 
     def get_initial_variables(
@@ -116,10 +125,22 @@ class AlignmentModel(models.EncoderDecoderModel):
         """The method's loss and metrics, a microbatch's share of them where this is one.
 
         Raises:
-          UsageError: for a microbatch of a method that has to see the whole batch.
+          UsageError: if these are not the rows that were announced.
         """
         del dropout_rng
-        return self._loss(params, batch, self._share_of_batch(batch["rewards"].shape))
+        rows, examples = batch["rewards"].shape
+        if rows * self._parts != self._batch_size:
+            raise UsageError(
+                f"a training step sees {rows} rows, where BATCH_SIZE is {self._batch_size} and NUM_MICROBATCHES "
+                f"{self._parts}; set those, which bind both data and trainer"
+            )
+        if examples > 1 and self._parts > 1:
+            raise UsageError(
+                f"NUM_MICROBATCHES is {self._parts}: packed rows hold differing numbers of examples, so that no part "
+                "has a known share in the mean; give None, or do not pack"
+            )
+        # T5X adds up the gradients of the parts; every row is one example, so that all parts count alike.
+        return self._loss(params, batch, 1 / self._parts)
 
     def eval_fn(
         self, params: Any, batch: Mapping[str, jax.Array]
@@ -167,29 +188,6 @@ class AlignmentModel(models.EncoderDecoderModel):
             "timing/seqs_per_second": metrics.TimeRate.from_model_output(numerator=jnp.array(rows)),
             "timing/steps_per_second": metrics.StepsPerTime.from_model_output(),
         }
-
-    def _share_of_batch(self, shape: tuple[int, ...]) -> float:
-        """The part of a training batch that rewards of this shape are."""
-        rows, examples = shape
-        if rows == self._batch_size:
-            return 1.0
-        name = type(self._algorithm).__name__
-        what = f"a training step sees {rows} rows of BATCH_SIZE {self._batch_size}, a microbatch of T5X's"
-        if rows > self._batch_size or self._batch_size % rows:
-            raise UsageError(
-                f"a training step sees {rows} rows where BATCH_SIZE is {self._batch_size}; set BATCH_SIZE"
-            )
-        if not isinstance(self._algorithm, DroV) or self._algorithm.values == "single":
-            raise UsageError(
-                f"{name}: {what}, but needs all of the batch at once; set trainer.Trainer.num_microbatches = None"
-            )
-        if examples > 1:
-            raise UsageError(
-                f"{what}, but packed rows hold differing numbers of examples, so that parts have no known share in the "
-                "mean; set trainer.Trainer.num_microbatches = None, or do not pack"
-            )
-        # T5X adds up the gradients of the parts; every row is one example, so that each part counts alike.
-        return rows / self._batch_size
 
 
 def parts_of(params: Any) -> tuple[Tree, Tree, Tree]:

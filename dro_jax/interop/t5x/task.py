@@ -39,6 +39,8 @@ def _register(name: str, file: FeedbackFile, vocabulary_file: str | None, mismat
         file,
         vocabulary_file=vocabulary_file,
         mismatched=mismatched,
+        # T5X's inference writes them beside its predictions.
+        keep_text=True,
         metric_fns=(log_prob, completions),
     )
 
