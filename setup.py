@@ -50,8 +50,8 @@ EXTRAS = {
     "cache": ["apache-beam[tfrecord]", "sentencepiece<0.2.1"],
     # Conversion to and from Hugging Face checkpoints.
     "hf": ["safetensors", "transformers"],
-    # T5X is on no package registry, so this cannot name it; the rest of its stack is required above.
-    "t5x": [],
+    # What T5X asks for beside the above; itself is on no package registry: see requirements-t5x.txt.
+    "t5x": ["fiddle", "cached_property", "jaxtyping", "grain"],
     # The PyTorch side of the benchmarks.
     "bench": ["torch", "transformers"],
 }

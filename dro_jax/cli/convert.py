@@ -1,20 +1,27 @@
-"""`dro_jax convert`: a Hugging Face model becomes a checkpoint that runs start from, and a run such a model."""
+"""`dro_jax convert`: a model of Hugging Face or T5X becomes what runs start from, and a run such a model."""
 
 import contextlib
 import dataclasses
 import logging
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from etils import epath
 
 from dro_jax.cli.generate import model_of, vocabulary_file_of
 from dro_jax.cli.run_folder import STATISTICS, VOCABULARY, vocabulary_digest
 from dro_jax.data.feedback import RewardStatistics
-from dro_jax.data.vocabulary import load_vocabulary
+from dro_jax.data.vocabulary import check_vocabulary_fits, load_vocabulary
 from dro_jax.errors import UsageError
-from dro_jax.interop import hub, huggingface, stored_arrays, tokenizer_files
+from dro_jax.interop import (
+    hub,
+    huggingface,
+    parameter_shapes,
+    stored_arrays,
+    tokenizer_files,
+)
+from dro_jax.interop.t5x import checkpoints as t5x_checkpoints
 from dro_jax.networks import T5Config
 from dro_jax.training import checkpoints
 
@@ -27,19 +34,30 @@ VALUE = "value"
 LENGTHS = {"inputs": 512, "targets": 512}
 """At which T5 was trained and `runs/train.gin` cuts: what `dro_jax generate` takes for a model without a run."""
 
+FORMATS = ("huggingface", "t5x", "t5x_scanned")
+"""Of what a run becomes; the last is for T5X's scalable_t5."""
+
+_BYTES = 384
+"""The most entries of a model over bytes: ByT5's."""
+
 _LARGE = 48
 """Layers from which on the shipped models scan and rematerialise them."""
 
 
-def run(source: str, target: str) -> None:
+def run(
+    source: str, target: str, output_format: str | None = None, vocabulary_file: str | None = None
+) -> None:
     """Converts one way or the other, by what the source is; see `dro_jax convert --help`.
 
     Args:
-      source: a Hugging Face folder, a model's name on the hub, or a run's folder or one `checkpoint_<step>` in it.
+      source: a Hugging Face folder, a model's name on the hub, a T5X checkpoint or MODEL_DIR of T5X's, or a run's
+        folder or one `checkpoint_<step>` in it.
       target: folder to write; it must not hold anything yet.
+      output_format: for a run one of `FORMATS`, by default the first.
+      vocabulary_file: for a T5X checkpoint its SentencePiece model, None for bytes.
 
     Raises:
-      UsageError: if the source is neither or is damaged, or the target is taken. Nothing is left at the target.
+      UsageError: if the source is none of them or is damaged, or the target is taken. Nothing is left at the target.
     """
     folder, goal = epath.Path(source), epath.Path(target)
     if goal.exists() and not (goal.is_dir() and not any(goal.iterdir())):
@@ -48,26 +66,45 @@ def run(source: str, target: str) -> None:
         )
     if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         folder = hub.download(source)
-    if not folder.is_dir():
+    if not folder.exists():
         raise UsageError(
             f"{source}: no such folder; give a Hugging Face model, its name on the hub as in google/flan-t5-small, "
-            "or a run"
+            "a T5X checkpoint, or a run"
         )
-    if (folder / huggingface.CONFIG).exists():
+    of_huggingface = (folder / huggingface.CONFIG).exists()
+    of_t5x = None if of_huggingface else t5x_checkpoints.find(folder)
+    if output_format is not None and (of_huggingface or of_t5x):
+        raise UsageError(
+            f"--format={output_format}: {source} becomes a run; convert that run to the format then"
+        )
+    if vocabulary_file is not None and not of_t5x:
+        raise UsageError(
+            f"--vocabulary_file: is for T5X checkpoints; {source} has its vocabulary in it"
+        )
+    if of_huggingface:
         with _whole(goal) as partial:
             import_model(folder, partial, goal)
+        return
+    if of_t5x is not None:
+        with _whole(goal) as partial:
+            import_t5x(of_t5x, partial, goal, vocabulary_file)
         return
     try:
         directory, step = checkpoints.find(folder)
     except UsageError as error:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:5]) or "nothing"
         raise UsageError(
-            f"{source}: neither a Hugging Face model ({huggingface.CONFIG} with {huggingface.WEIGHTS}) nor a run "
-            f"(checkpoint_<step>); found {found}"
+            f"{source}: neither a Hugging Face model ({huggingface.CONFIG} with {huggingface.WEIGHTS}) nor a T5X "
+            f"checkpoint nor a run (checkpoint_<step>); found {found}"
         ) from error
+    output_format = output_format or FORMATS[0]
     with _whole(goal) as partial:
-        export_run(directory, step, partial)
-    logger.info("%s: step %d of %s for transformers", target, step, directory)
+        if output_format == FORMATS[0]:
+            export_run(directory, step, partial)
+        else:
+            export_t5x(directory, step, partial, goal, scan=output_format == "t5x_scanned")
+    reader = "transformers" if output_format == FORMATS[0] else "T5X"
+    logger.info("%s: step %d of %s for %s", target, step, directory, reader)
 
 
 @contextlib.contextmanager
@@ -107,6 +144,49 @@ def import_model(folder: epath.Path, directory: epath.Path, goal: epath.Path) ->
     config = huggingface.model_config(theirs, folder / huggingface.CONFIG)
     arrays = huggingface.open_model(folder, config)
     vocabulary_file = tokenizer_files.find_vocabulary(folder, theirs)
+    # Exported again, the model keeps what its file says beside the architecture.
+    described = {"huggingface": theirs}
+    _write_run(directory, goal, config, {"policy": arrays}, vocabulary_file, described)
+
+
+def import_t5x(
+    path: epath.Path, directory: epath.Path, goal: epath.Path, vocabulary_file: str | None
+) -> None:
+    """Writes a T5X checkpoint as a run's folder that has taken no step yet.
+
+    Args:
+      path: of `t5x_checkpoints.find`.
+      directory: where to.
+      goal: what `directory` will be called, for the gin file.
+      vocabulary_file: a SentencePiece model, None for bytes.
+
+    Raises:
+      UsageError: if a file is missing or damaged, the model is not a T5, or the vocabulary is not its own.
+    """
+    model = t5x_checkpoints.open_model(path)
+    vocab_size = model.config.vocab_size
+    if vocabulary_file is None and vocab_size > _BYTES:
+        raise UsageError(
+            f"{path}: has a vocabulary of {vocab_size} entries, which T5X does not keep with the weights; give its "
+            "SentencePiece model by --vocabulary_file"
+        )
+    try:
+        check_vocabulary_fits(load_vocabulary(vocabulary_file), vocab_size)
+    except UsageError as error:
+        raise UsageError(f"{path}: {error}") from error
+    items = {"policy": model.policy, "value": model.value}
+    items = {item: arrays for item, arrays in items.items() if arrays}
+    _write_run(directory, goal, model.config, items, vocabulary_file, {})
+
+
+def _write_run(
+    directory: epath.Path,
+    goal: epath.Path,
+    config: T5Config,
+    items: Mapping[str, Mapping[str, stored_arrays.StoredArray]],
+    vocabulary_file: str | None,
+    described: checkpoints.Meta,
+) -> None:
     meta: checkpoints.Meta = {
         "model": config.architecture(),
         "reserved_entry": False,
@@ -114,15 +194,14 @@ def import_model(folder: epath.Path, directory: epath.Path, goal: epath.Path) ->
         "algorithm": "imported",
         "dtype": config.dtype,
         "lengths": LENGTHS,
-        # Exported again, the model keeps what its file says beside the architecture.
-        "huggingface": theirs,
     }
-    stored_arrays.save_policy(directory, arrays, meta)
+    stored_arrays.save_run(directory, items, meta | described)
     if vocabulary_file is not None:
         epath.Path(vocabulary_file).copy(directory / VOCABULARY)
     (directory / GIN_FILE).write_text(gin_file(config, goal, vocabulary_file is not None))
-    count = sum(math.prod(array.shape) for array in arrays.values())
-    logger.info("%s: %.4g million parameters of %s", goal, count / 1e6, folder)
+    for item, arrays in items.items():
+        count = sum(math.prod(array.shape) for array in arrays.values())
+        logger.info("%s: %.4g million parameters, %s", goal, count / 1e6, item)
     logger.info(
         "train it by: dro_jax train --gin_file=runs/train.gin --gin_file=%s --gin_file=algorithms/dro_v.gin …",
         goal / GIN_FILE,
@@ -140,7 +219,7 @@ def gin_file(config: T5Config, directory: epath.Path, has_vocabulary: bool) -> s
     large = config.num_encoder_layers + config.num_decoder_layers >= _LARGE
     config = dataclasses.replace(config, scan_layers=large, remat="dots" if large else "none")
     fields = {k: v for k, v in vars(config).items() if k != "reserved_entry"}
-    where = str(directory) if "://" in str(directory) else str(directory.absolute())
+    where = _absolute(directory)
     return "\n".join(
         (
             "# Made by `dro_jax convert`: a model to start from. Comes after the run's file.",
@@ -157,6 +236,10 @@ def gin_file(config: T5Config, directory: epath.Path, has_vocabulary: bool) -> s
             "",
         )
     )
+
+
+def _absolute(path: epath.Path) -> str:
+    return str(path) if "://" in str(path) else str(path.absolute())
 
 
 def export_run(directory: epath.Path, step: int, folder: epath.Path) -> None:
@@ -203,10 +286,58 @@ def export_run(directory: epath.Path, step: int, folder: epath.Path) -> None:
         (folder / VALUE / "README.md").write_text(_about_value(config, directory))
 
 
+def export_t5x(
+    directory: epath.Path, step: int, folder: epath.Path, goal: epath.Path, *, scan: bool
+) -> None:
+    """Writes the policy of a checkpoint, and its value network, for T5X.
+
+    Args:
+      directory: of the checkpoint.
+      step: its step.
+      folder: where to.
+      goal: what `folder` will be called, for the gin file.
+      scan: whether for scalable_t5 with its layers scanned.
+
+    Raises:
+      UsageError: if the checkpoint is damaged, or T5X has no such model.
+    """
+    meta = checkpoints.read_meta(directory, step)
+    config = model_of(meta)
+    distances = (config.relative_buckets, config.relative_max_distance)
+    if distances != t5x_checkpoints.RELATIVE_DISTANCES:
+        raise UsageError(
+            f"{directory}: has (relative_buckets, relative_max_distance) {distances}; every T5 of T5X has "
+            f"{t5x_checkpoints.RELATIVE_DISTANCES}"
+        )
+    if config.reserved_entry:
+        logger.warning(
+            "the last vocabulary entry's logit is V(x), not a token's; T5X cannot suppress it"
+        )
+    vocabulary_file = vocabulary_file_of(directory, meta)
+    arrays = {
+        item: stored_arrays.of_checkpoint(
+            directory, step, item, parameter_shapes.shapes(config, value=item == "value")
+        )
+        for item in ("policy", "value")
+        if item in meta["checksums"]
+    }
+    place = f"checkpoint_{step}"
+    t5x_checkpoints.write_model(
+        folder / place, step, arrays["policy"], arrays.get("value", {}), scan=scan
+    )
+    where = _absolute(goal)
+    if vocabulary_file is not None:
+        epath.Path(vocabulary_file).copy(folder / VOCABULARY)
+        vocabulary_file = f"{where}/{VOCABULARY}"
+    (folder / GIN_FILE).write_text(
+        t5x_checkpoints.gin_file(config, f"{where}/{place}", vocabulary_file, scan=scan)
+    )
+
+
 def _export_item(
     directory: epath.Path, step: int, folder: epath.Path, config: T5Config, *, value: bool
 ) -> None:
-    shapes = huggingface.shapes(config, value=value)
+    shapes = parameter_shapes.shapes(config, value=value)
     item = "value" if value else "policy"
     arrays = stored_arrays.of_checkpoint(directory, step, item, shapes)
     names = huggingface.parameter_names(config, value=value)

@@ -225,18 +225,27 @@ def _parser() -> argparse.ArgumentParser:
 
     convert = commands.add_parser(
         "convert",
-        help="a Hugging Face T5 to start from, or a run for Hugging Face transformers",
-        epilog="A Hugging Face model becomes a folder for INIT_CHECKPOINT with a gin file; a run becomes a folder for "
-        "AutoModelForSeq2SeqLM, its value network beside it. Which way follows from what --from is.",
+        help="a T5 of Hugging Face or T5X to start from, or a run for transformers or T5X",
+        epilog="A Hugging Face model or a T5X checkpoint becomes a folder for INIT_CHECKPOINT with a gin file; a run "
+        "becomes a folder for AutoModelForSeq2SeqLM, or a T5X checkpoint with a gin file, its value network beside it. "
+        "Which way follows from what --from is.",
     )
     convert.add_argument(
         "--from",
         dest="source",
         required=True,
-        help="config.json with safetensors, a model on the hub such as google/flan-t5-small, MODEL_DIR of a run, "
-        "or one checkpoint_<step> in it",
+        help="config.json with safetensors, a model on the hub such as google/flan-t5-small, or MODEL_DIR of a run or "
+        "of T5X, or one checkpoint_<step> in it",
     )
     convert.add_argument("--to", dest="target", required=True, help="a folder, new or empty")
+    convert.add_argument(
+        "--format",
+        choices=("huggingface", "t5x", "t5x_scanned"),
+        help="what a run becomes; t5x_scanned is for T5X's scalable_t5 (default: huggingface)",
+    )
+    convert.add_argument(
+        "--vocabulary_file", help="SentencePiece model of a T5X checkpoint (default: bytes)"
+    )
     return parser
 
 
@@ -480,7 +489,7 @@ def _convert(parsed: argparse.Namespace) -> int:
     _start_console()
     from dro_jax.cli import convert
 
-    convert.run(parsed.source, parsed.target)
+    convert.run(parsed.source, parsed.target, parsed.format, parsed.vocabulary_file)
     return 0
 
 

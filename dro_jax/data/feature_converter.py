@@ -67,6 +67,11 @@ class FeedbackFeatureConverter(seqio.EncDecFeatureConverter):
         if not self.pack and max_examples != 1:
             raise ValueError(f"rows that are not packed hold one example, not {max_examples}")
 
+        count = ds.cardinality()
+        texts = [name for name in ds.element_spec if name.endswith("_pretokenized")]
+        if texts:
+            ds = ds.map(lambda example: {k: v for k, v in example.items() if k not in texts})
+
         def rows() -> Iterator[dict[str, np.ndarray]]:
             for window in windows(ds):
                 for row in pack_window(window, lengths, max_examples):
@@ -81,7 +86,11 @@ class FeedbackFeatureConverter(seqio.EncDecFeatureConverter):
             # With one example a row there is nothing to tell apart.
             if max_examples > 1 or not name.endswith(("_segment_ids", "_positions"))
         }
-        return tf.data.Dataset.from_generator(rows, output_signature=signature)
+        converted = tf.data.Dataset.from_generator(rows, output_signature=signature)
+        if not self.pack and count >= 0:
+            # T5X's evaluation asks for it.
+            converted = converted.apply(tf.data.experimental.assert_cardinality(count))
+        return converted
 
     def get_model_feature_lengths(
         self, task_feature_lengths: Mapping[str, int]

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -140,6 +140,8 @@ def feedback_task(
     mismatched: bool = False,
     prompt_ids: bool = False,
     drop_overlong: bool = False,
+    keep_text: bool = False,
+    metric_fns: Sequence[Callable[..., Any]] = (),
     name: str = "feedback",
 ) -> seqio.Task:
     """Returns the task that turns a feedback file into tokens and normalised rewards.
@@ -159,6 +161,8 @@ def feedback_task(
         mismatched: give each example the completion of another prompt too, for KTO.
         prompt_ids: give each example its prompt's number, to find the others of that prompt.
         drop_overlong: leave out completions that do not fit, instead of cutting them.
+        keep_text: give each example its texts too, as `inputs_pretokenized` and so on.
+        metric_fns: of SeqIO's evaluation.
         name: of the task, unique among those that are cached.
     """
     text = seqio.Feature(vocabulary=vocabulary, dtype=tf.int32)
@@ -182,17 +186,24 @@ def feedback_task(
         ),
         preprocessors=[
             functools.partial(_normalise_rewards, statistics=statistics),
-            functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=False),
+            functools.partial(seqio.preprocessors.tokenize, copy_pretokenized=keep_text),
             seqio.CacheDatasetPlaceholder(),
             functools.partial(_append_end, drop_overlong=drop_overlong),
         ],
         output_features=output_features,
+        metric_fns=list(metric_fns),
         shuffle_buffer_size=_SHUFFLE_BUFFER_SIZE,
     )
 
 
 def register_feedback_task(
-    name: str, file: FeedbackFile, *, vocabulary_file: str | None = None
+    name: str,
+    file: FeedbackFile,
+    *,
+    vocabulary_file: str | None = None,
+    mismatched: bool = False,
+    keep_text: bool = False,
+    metric_fns: Sequence[Callable[..., Any]] = (),
 ) -> seqio.Task:
     """Registers a feedback task with SeqIO, for tools that find tasks by name.
 
@@ -206,6 +217,9 @@ def register_feedback_task(
         name: of the task.
         file: what to read, and how to judge and split it.
         vocabulary_file: a SentencePiece model, or None for bytes.
+        mismatched: give each example the completion of another prompt too, for KTO.
+        keep_text: give each example its texts too, for readers.
+        metric_fns: of SeqIO's evaluation.
 
     Raises:
         UsageError: as `summarise` and `load_vocabulary`.
@@ -217,6 +231,9 @@ def register_feedback_task(
         statistics=summary.rewards,
         num_input_examples=summary.num_input_examples,
         min_reward=summary.top_reward,
+        mismatched=mismatched,
+        keep_text=keep_text,
+        metric_fns=metric_fns,
         name=name,
     )
     seqio.TaskRegistry.add_provider(name, task)

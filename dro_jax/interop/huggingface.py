@@ -9,16 +9,12 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 from etils import epath
-from flax.core import meta
-from flax.traverse_util import flatten_dict
 
 from dro_jax.errors import UsageError
-from dro_jax.interop import safetensors_files
+from dro_jax.interop import parameter_shapes, safetensors_files
 from dro_jax.interop.stored_arrays import StoredArray, same_bits
 from dro_jax.networks import T5Config
-from dro_jax.training import train_state
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -100,13 +96,6 @@ def parameter_names(config: T5Config, *, value: bool = False) -> dict[str, str]:
 def is_transposed(name: str) -> bool:
     """Whether the parameter that is called so here lies in transformers with its axes the other way round."""
     return name.endswith(("/kernel", "/rel_embedding"))
-
-
-def shapes(config: T5Config, *, value: bool = False) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of the policy, or of the value network, by our names."""
-    init = train_state.init_value if value else train_state.init_policy
-    tree = meta.unbox(jax.eval_shape(lambda: init(config, 0)))
-    return {name: leaf.shape for name, leaf in flatten_dict(tree, sep="/").items()}
 
 
 def read_config(folder: epath.Path) -> Json:
@@ -219,12 +208,18 @@ def open_model(folder: epath.Path, config: T5Config) -> dict[str, StoredArray]:
     if _LOGITS in names.values() and _LOGITS not in found and _EMBEDDING in found:
         # transformers 5 ties the two in models that it makes, and then stores one of them.
         found[_LOGITS] = found[_EMBEDDING]
-    ours_by_name = shapes(config)
+    ours_by_name = parameter_shapes.shapes(config)
     needed = {
         name: ours_by_name[ours][::-1] if is_transposed(ours) else ours_by_name[ours]
         for ours, name in names.items()
     }
-    _refuse_differences(folder, {name: array.shape for name, array in found.items()}, needed)
+    parameter_shapes.refuse_differences(
+        folder,
+        {name: array.shape for name, array in found.items()},
+        needed,
+        f"the T5 in {CONFIG}",
+        "give weights and config.json of one model",
+    )
     return {
         ours: found[name].transposed() if is_transposed(ours) else found[name]
         for ours, name in names.items()
@@ -318,26 +313,3 @@ def _no_weights(folder: epath.Path) -> str:
         f"{folder}: {pickled[0]} is a pickle, which may run anything when it is read, so it is not; where you trust "
         "it, load it with transformers and save_pretrained() it, which writes safetensors"
     )
-
-
-def _refuse_differences(
-    folder: epath.Path,
-    found: Mapping[str, tuple[int, ...]],
-    needed: Mapping[str, tuple[int, ...]],
-) -> None:
-    differing = [name for name in needed if found.get(name) != needed[name]]
-    differing += sorted(found.keys() - needed.keys())
-    if not differing:
-        return
-    told = ", ".join(
-        f"{name} {_shape(found.get(name))} there and {_shape(needed.get(name))} in such a model"
-        for name in differing[:3]
-    )
-    raise UsageError(
-        f"{folder}: {len(differing)} parameters are not those of the T5 in {CONFIG}: {told}; "
-        "give weights and config.json of one model"
-    )
-
-
-def _shape(shape: tuple[int, ...] | None) -> str:
-    return "absent" if shape is None else str(list(shape))

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -82,41 +83,61 @@ def of_checkpoint(
     }
 
 
-def save_policy(
-    directory: epath.Path, arrays: Mapping[str, StoredArray], meta: checkpoints.Meta
+def save_run(
+    directory: epath.Path, items: Mapping[str, Mapping[str, StoredArray]], meta: checkpoints.Meta
 ) -> None:
-    """Writes `directory/checkpoint_0`, as `checkpoints.save_policy` does, one array after the other.
+    """Writes `directory/checkpoint_0`, as a run saves it, one array after the other.
 
     Args:
       directory: folder to write to.
-      arrays: parameters of the policy, by their path with slashes. Each is read twice: for its checksum and to
-        be written.
+      items: parameters of "policy", and of "value" where there is one, by their path with slashes. Each is read
+        twice: for its checksum and to be written.
       meta: JSON-ready facts that the checkpoint belongs to.
 
     Raises:
       UsageError: if an array cannot be read.
       SaveError: if the checkpoint cannot be written.
     """
-    sums: dict[str, int] = {}
-    for name, array in arrays.items():
-        sums |= checkpoints.checksums({name: array.read()})
-    meta = meta | {"step": 0, "checksums": {"policy": sums}}
+    sums: dict[str, dict[str, int]] = {item: {} for item in items}
+    for item, arrays in items.items():
+        for name, array in arrays.items():
+            sums[item] |= checkpoints.checksums({name: array.read()})
+    meta = meta | {"step": 0, "checksums": sums}
     meta["digest"] = checkpoints._digest(meta)
+    write(directory / "checkpoint_0", items, meta)
+
+
+def write(
+    path: epath.Path,
+    items: Mapping[str, Mapping[str, StoredArray]],
+    meta: checkpoints.Meta | None = None,
+) -> None:
+    """Writes one Orbax checkpoint, one array after the other.
+
+    Args:
+      path: folder to make.
+      items: arrays of each item, by their path with slashes.
+      meta: JSON of the item "meta"; None writes no such item.
+
+    Raises:
+      UsageError: if an array cannot be read.
+      SaveError: if the checkpoint cannot be written.
+    """
     readers = ocp.type_handlers.create_type_handler_registry(
         (StoredArray, _StoredArrayHandler(deepcopy_host_arrays=False)),
         (jax.Array, ocp.type_handlers.ArrayHandler()),
     )
-    handler = ocp.CompositeCheckpointHandler(
-        policy=ocp.PyTreeCheckpointHandler(type_handler_registry=readers),
-        meta=ocp.JsonCheckpointHandler(),
-    )
-    args = ocp.args.Composite(
-        policy=ocp.args.PyTreeSave(unflatten_dict(dict(arrays), sep="/")),
-        meta=ocp.args.JsonSave(meta),
-    )
+    handlers: dict[str, Any] = {}
+    args: dict[str, Any] = {}
+    for item, arrays in items.items():
+        handlers[item] = ocp.PyTreeCheckpointHandler(type_handler_registry=readers)
+        args[item] = ocp.args.PyTreeSave(unflatten_dict(dict(arrays), sep="/"))
+    if meta is not None:
+        handlers["meta"] = ocp.JsonCheckpointHandler()
+        args["meta"] = ocp.args.JsonSave(meta)
     try:
-        with ocp.Checkpointer(handler) as checkpointer:
-            checkpointer.save(directory.absolute() / "checkpoint_0", args=args)
+        with ocp.Checkpointer(ocp.CompositeCheckpointHandler(**handlers)) as checkpointer:
+            checkpointer.save(path.absolute(), args=ocp.args.Composite(**args))
     except (UsageError, MemoryError):
         raise
     # A full disk is an OSError in one writer below and a ValueError in another.
@@ -125,7 +146,7 @@ def save_policy(
         reason = next(
             (line for line in lines if "No space left" in line), (lines or [repr(error)])[0]
         )
-        raise checkpoints.SaveError(f"{directory}: cannot be written ({reason[:200]})") from error
+        raise checkpoints.SaveError(f"{path.parent}: cannot be written ({reason[:200]})") from error
 
 
 class _StoredArrayHandler(ocp.type_handlers.NumpyHandler):

@@ -161,32 +161,53 @@ def like_parameters(state: Any, parameters: Any, shardings: Any, mesh: Mesh) -> 
       mesh: the mesh.
 
     Returns:
-      Tree of `NamedSharding` of the structure of `state`. A leaf of a parameter's shape lies as the parameter
-      does; a factored moment, which lacks one of its axes, as what remains of it; all others are replicated.
+      Tree of `NamedSharding` of the structure of `state`: by `specs_like_parameters`, what has no place replicated.
+    """
+    specs = specs_like_parameters(state, parameters, jax.tree.map(lambda s: s.spec, shardings))
+    return jax.tree.map(
+        lambda _, spec: replicated(mesh) if spec is None else NamedSharding(mesh, spec),
+        state,
+        specs,
+    )
+
+
+def specs_like_parameters(state: Any, parameters: Any, specs: Any) -> Any:
+    """Where an optimiser state lies whose leaves stand beside parameters.
+
+    Args:
+      state: tree of shapes in which parts have the structure of `parameters`.
+      parameters: tree of shapes.
+      specs: tree of `PartitionSpec` of `parameters`, of mesh or logical axes.
+
+    Returns:
+      Tree of the structure of `state`. A leaf of a parameter's shape lies as the parameter does; a factored moment,
+      which lacks one of its axes, as what remains of it; all others have None.
     """
     by_path = {
-        _names(path): (parameter.shape, sharding.spec)
-        for (path, parameter), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(parameters), jax.tree.leaves(shardings), strict=True
+        _names(path): (parameter.shape, spec)
+        for (path, parameter), spec in zip(
+            jax.tree_util.tree_leaves_with_path(parameters),
+            jax.tree.leaves(specs, is_leaf=lambda leaf: isinstance(leaf, PartitionSpec)),
+            strict=True,
         )
     }
 
-    def place(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    def place(path: tuple[Any, ...], leaf: Any) -> PartitionSpec | None:
         names = _names(path)
         # The parameter's own path is the tail of the path inside the optimiser's state.
         known = next((by_path[names[i:]] for i in range(len(names)) if names[i:] in by_path), None)
         if known is None:
-            return replicated(mesh)
+            return None
         shape, spec = known
         axes = [*spec, *[None] * (len(shape) - len(spec))]
         if leaf.shape == shape:
-            return NamedSharding(mesh, PartitionSpec(*axes))
+            return PartitionSpec(*axes)
         # Of a square parameter, Optax's v_row lacks the later axis and v_col the earlier.
         later_first = any(getattr(entry, "name", None) == "v_row" for entry in path)
         for dropped in sorted(range(len(shape)), reverse=later_first):
             if leaf.shape == shape[:dropped] + shape[dropped + 1 :]:
-                return NamedSharding(mesh, PartitionSpec(*axes[:dropped], *axes[dropped + 1 :]))
-        return replicated(mesh)
+                return PartitionSpec(*axes[:dropped], *axes[dropped + 1 :])
+        return None
 
     return jax.tree_util.tree_map_with_path(place, state)
 

@@ -383,7 +383,7 @@ def test_source_that_is_nothing(refused, tmp_path):
     assert line.endswith("nor a run (checkpoint_<step>); found nothing")
     (tmp_path / "empty" / "saved_model.pb").write_text("")
     line = refused(tmp_path / "empty")
-    assert "neither a Hugging Face model (config.json with model.safetensors) nor a run" in line
+    assert "neither a Hugging Face model (config.json with model.safetensors) nor a T5X" in line
     assert line.endswith("found saved_model.pb")
 
 

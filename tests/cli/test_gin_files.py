@@ -26,7 +26,9 @@ ALGORITHMS = [name for name in FILES if name.startswith("algorithms/")]
 BASE = "runs/train.gin"
 WITHOUT_A_METHOD = "runs/demo_align.gin"
 BASES = [BASE, WITHOUT_A_METHOD, *(name for name in FILES if name.endswith("/base.gin"))]
-RUNS = [name for name in FILES if name not in (*MODELS, *ALGORITHMS, *BASES)]
+# Read by T5X itself, in tests/interop/test_t5x_training.py.
+OF_T5X = [name for name in FILES if name.startswith("t5x/")]
+RUNS = [name for name in FILES if name not in (*MODELS, *ALGORITHMS, *BASES, *OF_T5X)]
 
 METHODS = {
     "dro_v": DroV(),

@@ -231,3 +231,23 @@ def test_converter_has_one_example_a_row_where_it_does_not_pack():
     dataset = tf.data.Dataset.from_tensors({"inputs": [1], "targets": [1], "rewards": [0.5]})
     with pytest.raises(ValueError, match="rows that are not packed hold one example, not 3"):
         FeedbackFeatureConverter()(dataset, {"inputs": 4, "targets": 4, "rewards": 3})
+
+
+def test_converter_tells_how_many_rows_there_are_where_it_does_not_pack(file):
+    """T5X's inference asks for it, and writes the texts that the task may keep."""
+    statistics = feedback.summarise(file).rewards
+    vocabulary = load_vocabulary(None)
+    task = tasks.feedback_task(file, vocabulary=vocabulary, statistics=statistics, keep_text=True)
+    lengths = {"inputs": 19, "targets": 12}
+    triplets = list(feedback.read_feedback(file, "validation"))
+    examples = task.get_dataset(lengths, "validation", shuffle=False)
+    texts = [example["inputs_pretokenized"].decode() for example in examples.as_numpy_iterator()]
+    assert texts == [triplet.prompt for triplet in triplets]
+    counted = examples.apply(tf.data.experimental.assert_cardinality(len(triplets)))
+    for pack in (False, True):
+        converter = FeedbackFeatureConverter(pack=pack)
+        converted = converter(counted, {**lengths, "rewards": 1 + pack})
+        assert (converted.cardinality().numpy() == len(triplets)) == (not pack)
+        assert not [name for name in converted.element_spec if "pretokenized" in name]
+        examples_in_rows = [row["reward_weights"].numpy().sum() for row in converted]
+        assert sum(examples_in_rows) == len(triplets)

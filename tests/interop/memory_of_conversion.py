@@ -23,7 +23,7 @@ import numpy as np
 from etils import epath
 
 from dro_jax.cli import convert
-from dro_jax.interop import huggingface
+from dro_jax.interop import huggingface, parameter_shapes
 from dro_jax.interop.stored_arrays import StoredArray
 from dro_jax.networks import T5Config
 
@@ -59,7 +59,7 @@ def make(folder: Path, config: T5Config, shard_bytes: int) -> int:
     tokenizer = {"tokenizer_class": "ByT5Tokenizer"}
     huggingface.write_json(epath.Path(folder / "tokenizer_config.json"), tokenizer)
     rng = np.random.default_rng(0)
-    shapes = huggingface.shapes(config)
+    shapes = parameter_shapes.shapes(config)
     arrays = {
         name: StoredArray(shape, lambda shape=shape: rng.random(shape, np.float32))
         for name, shape in shapes.items()
@@ -109,7 +109,7 @@ def run(folder: Path, megabytes: int, vocab_size: int = 384) -> dict[str, float]
 
 
 def largest_array(config: T5Config) -> int:
-    return max(4 * math.prod(shape) for shape in huggingface.shapes(config).values())
+    return max(4 * math.prod(shape) for shape in parameter_shapes.shapes(config).values())
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from etils import epath
 from flax.traverse_util import unflatten_dict
 
 from dro_jax.errors import UsageError
-from dro_jax.interop import huggingface
+from dro_jax.interop import huggingface, parameter_shapes
 from dro_jax.networks import T5, T5Config
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -121,11 +121,11 @@ def test_what_is_written_reads_the_same(tmp_path, size):
 
 def test_value_network_has_no_logits_and_a_head():
     names = huggingface.parameter_names(CONFIG, value=True)
-    assert names.keys() == huggingface.shapes(CONFIG, value=True).keys()
+    assert names.keys() == parameter_shapes.shapes(CONFIG, value=True).keys()
     assert names["value_head/kernel"] == "value_head.weight"
     assert "lm_head.weight" not in names.values()
     policy = huggingface.parameter_names(CONFIG)
-    assert policy.keys() == huggingface.shapes(CONFIG).keys()
+    assert policy.keys() == parameter_shapes.shapes(CONFIG).keys()
     assert policy.keys() - names.keys() == {"decoder/logits_dense/kernel"}
 
 

@@ -34,7 +34,7 @@ def stored():
 def directory(tmp_path):
     directory = epath.Path(tmp_path / "run")
     directory.mkdir()
-    stored_arrays.save_policy(directory, stored(), META)
+    stored_arrays.save_run(directory, {"policy": stored()}, META)
     return directory
 
 
@@ -99,7 +99,7 @@ def test_only_one_array_is_held_at_a_time(tmp_path):
         return array
 
     arrays = {f"w{i}": StoredArray((8, 8), read) for i in range(12)}
-    stored_arrays.save_policy(epath.Path(tmp_path), arrays, META)
+    stored_arrays.save_run(epath.Path(tmp_path), {"policy": arrays}, META)
     assert most[0] <= 2  # what is written is let go of a moment after the next is read
 
 
