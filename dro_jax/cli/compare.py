@@ -120,8 +120,11 @@ def run(
     folds: int,
     fold_size: int,
     sampling: Sampling,
-) -> None:
+) -> reports.Report:
     """Compares policies; see `dro_jax compare --help` for the arguments.
+
+    Returns:
+      What it wrote into the output folder.
 
     Raises:
       UsageError: for anything wrong with files or settings, before anything is sampled or written.
@@ -205,6 +208,7 @@ def run(
     write(directory / "report.md", reports.to_markdown(made))
     write(directory / "report.html", to_html(made))
     show(made, directory)
+    return made
 
 
 def names_of(paths: Sequence[str]) -> list[str]:

@@ -166,18 +166,18 @@ def complete(
 
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How the command line is asked to sample; see `dro_jax generate --help` for the attributes."""
+    """How a person asks for samples; see `dro_jax generate --help` for the attributes."""
 
-    max_tokens: int | None
-    temperature: float | None
-    top_k: int
-    top_p: float
-    num_beams: int
-    length_penalty: float
-    seed: int
-    batch_size: int
-    fsdp: int
-    model: int
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_k: int = 0
+    top_p: float = 1.0
+    num_beams: int = 1
+    length_penalty: float = 1.0
+    seed: int = 0
+    batch_size: int = 32
+    fsdp: int = 1
+    model: int = 1
 
     def __post_init__(self) -> None:
         """Raises UsageError for what is wrong whatever the policy."""

@@ -1,0 +1,197 @@
+"""The road from a model and feedback to an aligned model, from Python: what the commands do, folder by folder.
+
+    base = load("google/flan-t5-small", "flan")
+    aligned = train(rows, base, "aligned", TRAIN_STEPS=1000)
+    texts = generate(aligned, ["Name a colour."])
+    compare([aligned, base], prompts, judge="llm", folder="side_by_side")
+    export(aligned, "aligned_hf")
+
+Everything between the calls lies on disk, so that the commands can take over at any point, and a call that is
+repeated goes on where it was interrupted. Mistakes raise `dro_jax.errors.UsageError`.
+"""
+
+import dataclasses
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from dro_jax.cli import compare as compare_command
+from dro_jax.cli import configuration, convert
+from dro_jax.cli import train as train_command
+from dro_jax.cli.generate import (
+    Sampling,
+    complete,
+    load_policy,
+    model_of,
+    vocabulary_file_of,
+)
+from dro_jax.cli.run_folder import make_directory
+from dro_jax.errors import UsageError
+from dro_jax.evaluation.report import Report
+from dro_jax.training import checkpoints
+
+FEEDBACK = "feedback.jsonl"
+PROMPTS = "prompts.jsonl"
+"""Written into the folder of `train` and `compare`."""
+
+
+def load(source: str, folder: str) -> str:
+    """Makes a model ready to start from, as `dro_jax convert` does.
+
+    Args:
+      source: a Hugging Face T5, a folder or a name on the hub, or a T5X checkpoint over bytes.
+      folder: where to; one that an earlier call has filled is taken as it is.
+
+    Returns:
+      The folder.
+    """
+    if not checkpoints.steps(folder):
+        convert.run(source, folder)
+    return folder
+
+
+def train(
+    feedback: str | Mapping[str, Sequence[Any]] | Iterable[Mapping[str, Any]],
+    model: str,
+    folder: str,
+    *,
+    algorithm: str = "dro_v",
+    **settings: Any,
+) -> str:
+    """Aligns a model with feedback, as `dro_jax train` does.
+
+    Args:
+      feedback: a file, or rows as TRL has them: dictionaries of prompt, completion and label (or reward), a `datasets`
+        data set of them, or one dictionary of columns.
+      model: a folder of `load`, a run, or one checkpoint in it: the reference and the start.
+      folder: of the run.
+      algorithm: a file of gin_configs/algorithms.
+      settings: macros of gin_configs/runs/train.gin, such as TRAIN_STEPS, BATCH_SIZE or TASK_FEATURE_LENGTHS.
+
+    Returns:
+      The folder.
+
+    Raises:
+      KeyboardInterrupt: it was asked to stop; all is saved, and the same call goes on.
+    """
+    if not isinstance(feedback, str):
+        make_directory(epath.Path(folder))
+        feedback = _write_rows(epath.Path(folder) / FEEDBACK, _rows(feedback))
+    directory, step = checkpoints.find(model)
+    meta = checkpoints.read_meta(directory, step)
+    shape = dataclasses.asdict(model_of(meta))
+    del shape["reserved_entry"]  # It follows from the method.
+    macros = {
+        "FEEDBACK_FILE": feedback,
+        "MODEL_DIR": folder,
+        "INIT_CHECKPOINT": model,
+        "VOCABULARY_FILE": vocabulary_file_of(directory, meta),
+    }
+    bindings = [f"{name} = {value!r}" for name, value in (macros | settings).items()]
+    bindings += [f"t5.T5Config.{name} = {value!r}" for name, value in shape.items()]
+    configuration.load(
+        ["runs/train.gin", "models/t5_1_1_small.gin", f"algorithms/{algorithm}.gin"], bindings
+    )
+    interrupted = configuration.bound(train_command.train)()
+    if interrupted is not None:
+        raise KeyboardInterrupt(f"{folder}: stopped at step {interrupted.step}, saved")
+    return folder
+
+
+def generate(model: str, prompts: Sequence[str], **sampling: Any) -> list[str]:
+    """Completes prompts, as `dro_jax generate` does.
+
+    Args:
+      model: a run, or one checkpoint in it.
+      prompts: texts.
+      sampling: of `dro_jax.cli.generate.Sampling`, such as temperature, num_beams or seed.
+
+    Returns:
+      A completion of each prompt.
+    """
+    asked = Sampling(**sampling)
+    policy = load_policy(model, asked.partitioning())
+    completions = complete(
+        policy,
+        list(prompts),
+        asked.decoding(policy.lengths),
+        seed=asked.seed,
+        batch_size=asked.batch_size,
+    )
+    return [completion.text for completion in completions]
+
+
+def compare(
+    models: Sequence[str],
+    prompts: Sequence[str],
+    *,
+    judge: str,
+    folder: str,
+    **sampling: Any,
+) -> Report:
+    """Holds models against each other, as `dro_jax compare` does.
+
+    Args:
+      models: runs, checkpoints in them, or files of completions.
+      prompts: texts.
+      judge: its name, as of `dro_jax compare --judge`.
+      folder: for report.html and what it is made of.
+      sampling: as of `generate`.
+
+    Returns:
+      The report.
+    """
+    make_directory(epath.Path(folder))
+    written = _write_rows(epath.Path(folder) / PROMPTS, [{"prompt": prompt} for prompt in prompts])
+    return compare_command.run(
+        policies=list(models),
+        prompts=written,
+        judge=judge,
+        output=folder,
+        reference=None,
+        folds=5,
+        fold_size=1000,
+        sampling=Sampling(**sampling),
+    )
+
+
+def export(model: str, folder: str, output_format: str = "huggingface") -> str:
+    """Writes a run for other programs, as `dro_jax convert` does.
+
+    Args:
+      model: a run, or one checkpoint in it.
+      folder: where to, new or empty.
+      output_format: huggingface, t5x or t5x_scanned.
+
+    Returns:
+      The folder.
+    """
+    convert.run(model, folder, output_format)
+    return folder
+
+
+def _rows(
+    feedback: Mapping[str, Sequence[Any]] | Iterable[Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    if not isinstance(feedback, Mapping):
+        return [dict(row) for row in feedback]
+    lengths = {name: len(column) for name, column in feedback.items()}
+    if len(set(lengths.values())) > 1:
+        raise UsageError(f"feedback: its columns have different lengths, {lengths}")
+    return [dict(zip(feedback, row, strict=True)) for row in zip(*feedback.values(), strict=True)]
+
+
+def _write_rows(place: epath.Path, rows: Iterable[Mapping[str, Any]]) -> str:
+    def plain(value: Any) -> Any:
+        if isinstance(value, np.generic):
+            return value.item()
+        raise UsageError(f"feedback: {value!r} is neither text nor a number")
+
+    text = "".join(json.dumps(row, default=plain) + "\n" for row in rows)
+    partial = place.parent / f"{place.name}.partial"
+    partial.write_text(text)
+    partial.replace(place)
+    return str(place)
