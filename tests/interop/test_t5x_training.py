@@ -269,7 +269,7 @@ def test_kto_from_a_scanned_checkpoint(folder):
     check_equal(beside(folder, given), {"policy"})
 
 
-def test_microbatches_make_no_difference_to_dro_v(folder, dro_v):
+def test_microbatches_make_no_difference_to_dro_v(folder):
     settings = {"NUM_MICROBATCHES": 2}
     given = train(folder, "dro_v", "v1_1_msgpack", "in_parts", **settings)
     # A standard deviation is the parts' mean then.
