@@ -128,16 +128,18 @@ def test_a_checkpoint_is_found_from_its_folder_and_its_run_s(name, unpacked):
         assert opened(file).config == opened(folder / "checkpoint_12").config
 
 
-@pytest.mark.parametrize("driver", ["gfile", "gcs", "before 0.1.14"])
+@pytest.mark.parametrize("driver", ["gfile", "gcs", "before 0.1.14", "Orbax of 2022"])
 def test_where_a_checkpoint_was_written_does_not_matter(driver, unpacked):
     folder = unpacked("v1_1_msgpack")
     before = arrays_of(opened(folder).policy)
 
     def move(tree):
-        for node in tree.values():
+        for name, node in tree.items():
             if isinstance(node, dict) and "kvstore" in node:
                 path = node["kvstore"].pop("path")
-                if driver == "before 0.1.14":
+                if driver == "Orbax of 2022":
+                    tree[name] = f"PLACEHOLDER://{path.strip('/')}"
+                elif driver == "before 0.1.14":
                     node["path"] = path.strip("/")
                 else:
                     node["kvstore"] = {"driver": driver, "path": path, "bucket": "t5x-dummy-bucket"}
@@ -175,6 +177,9 @@ def test_what_is_written_reads_the_same(scan, unpacked, tmp_path):
     value, stored_value = random_arrays(shapes(config, value=True), 1)
     path = epath.Path(tmp_path / "checkpoint_7")
     t5x_checkpoints.write_model(path, 7, stored, stored_value, scan=scan)
+    base = {"driver": "ocdbt", "base": f"file://{path}/state/", "path": "state.step/"}
+    step = t5x_checkpoints.ts.open({"driver": "zarr", "kvstore": base}, open=True).result()
+    assert (step.dtype.name, int(step.read().result())) == ("int32", 7)
     model = opened(tmp_path)
     assert model.config == config
     for written, read in ((policy, model.policy), (value, model.value)):
