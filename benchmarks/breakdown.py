@@ -100,10 +100,9 @@ def parts(trainer: ours.Trainer, host: Batch) -> dict[str, Callable[[], float]]:
     config, batch = trainer.config, loop.to_devices(host, trainer.sharding)
     tokens, targets = batch["encoder_input_tokens"], batch["decoder_input_tokens"]
     segments, own = batch["encoder_segment_ids"], batch["decoder_segment_ids"]
+    policy = trainer.reference
     # Copies: the step, which is timed in turns with its parts, donates its state.
-    policy, value, opt_state = jax.tree.map(
-        jnp.copy, (trainer.state.policy, trainer.state.value, trainer.state.opt_state)
-    )
+    value, opt_state = jax.tree.map(jnp.copy, (trainer.state.value, trainer.state.opt_state))
     network = T5(config)
 
     def encode(params: Any) -> Array:
