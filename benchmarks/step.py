@@ -15,8 +15,8 @@ them; programs are compiled before. theirs.py says what the other side is.
 - ours, packed and cached: as `dro_jax train` with both; as many rows as hold about `--batch` examples.
 - PyTorch, to the longest and to the maximum: one example a row, padded to the longest of its batch or to `--lengths`.
 
-Ours needs neither TensorFlow nor SeqIO; `--sides ours` needs no PyTorch either. The machine should have nothing else to do:
-PyTorch's threads suffer more from others than ours (NOTES.md).
+Ours needs neither TensorFlow nor SeqIO; `--sides ours` needs no PyTorch either. The machine should have nothing else to
+do: PyTorch's threads suffer more from others than ours (NOTES.md).
 """
 
 import argparse
