@@ -29,6 +29,7 @@ from unittest import mock
 import numpy as np
 import seqio
 from measure import Result, in_turns, machine, peak_memory, report, result
+from workloads import BYTES_A_TOKEN, draw_bytes
 
 from dro_jax.cli import configuration, host_memory
 from dro_jax.cli import train as train_command
@@ -71,11 +72,8 @@ def main() -> None:
 
 def write(folder: Path, rows: int) -> None:
     """Makes a feedback file of so many rows, and its cache."""
-    histogram = json.loads(Path(__file__).with_name("lengths.json").read_text())
-    counts, width = np.array(histogram["counts"]), histogram["bucket"]
     rng = np.random.default_rng(0)
-    drawn = counts[rng.choice(len(counts), rows, p=counts[:, 2] / counts[:, 2].sum()), :2]
-    sizes = np.maximum(1, (drawn * width + rng.integers(0, width, (rows, 2))) // 4)
+    sizes = np.maximum(1, draw_bytes(rows, rng) // BYTES_A_TOKEN)
     letters = "".join(rng.choice(list("abcdefghijklmnopqrstuvwxyz"), 2**20))
     starts = rng.integers(0, len(letters) - sizes.max(), (rows, 2))
     folder.mkdir()

@@ -102,6 +102,7 @@ def train(
     keep_last: int = 3,
     keep_every: int | None = None,
     stall_seconds: float = 1800,
+    compilation_cache_dir: str | None = None,
     win_rate: win_rates.WinRate,
     rules: partitioning.Partitioning,
 ) -> Interrupted | None:
@@ -131,6 +132,9 @@ def train(
       keep_every: keep checkpoints at multiples of this for ever; None keeps only the newest.
       stall_seconds: the longest that a step, its evaluation and its saving may take: after that the process ends,
         as one of several that waits for another would wait for ever.
+      compilation_cache_dir: where compiled programs are kept, so that a later start with the same settings, versions
+        and devices need not compile them; None keeps none. Whoever may write there may have this process run
+        anything.
       win_rate: whether and how a judge holds the policy against the reference at every evaluation; the checkpoint
         that wins most is kept, and is MODEL_DIR/best.
       rules: mesh and sharding.
@@ -149,6 +153,10 @@ def train(
         check_settings(
             model_dir, num_steps, max_examples, seed, keep_last, keep_every, stall_seconds
         )
+        if not isinstance(compilation_cache_dir, str | None):
+            raise UsageError(
+                f"train.compilation_cache_dir is {compilation_cache_dir!r}: give a path, or None"
+            )
         partitioning.check_batch_size(batch_size, mesh, rules, microbatches)
         checked = check_data(
             feedback, model, algorithm, lengths, vocabulary_file, cache_dir, drop_overlong
@@ -157,6 +165,8 @@ def train(
         return checked
 
     checked = processes.agree(check)
+    if compilation_cache_dir is not None:
+        jax.config.update("jax_compilation_cache_dir", compilation_cache_dir)
     directory = epath.Path(model_dir)
     jury = processes.agree(
         lambda: win_rates.prepare(win_rate, directory, feedback, periods, algorithm.needs)

@@ -1,9 +1,17 @@
-"""From logits to the log-probability of each example, pi(y|x)."""
+"""From logits, or from the states that they are made of, to the log-probability of each example, pi(y|x)."""
+
+import functools
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from dro_jax.networks.sharding import constrain, row_parts
+
 Array = jax.Array
+
+MASKED_LOGIT = -1e9
+"""Of an entry that is no token: its probability is exactly 0, and nothing is infinite."""
 
 
 @jax.custom_vjp
@@ -43,6 +51,114 @@ def _backward(saved: tuple[Array, Array], cotangent: Array) -> tuple[Array, None
 
 
 token_log_probs.defvjp(_forward, _backward)
+
+
+def mask_entries(logits: Array, num_tokens: int) -> Array:
+    """The logits [..., V] with those of the entries from `num_tokens` on masked, which are no tokens."""
+    if num_tokens == logits.shape[-1]:
+        return logits
+    is_token = jnp.arange(logits.shape[-1]) < num_tokens
+    return jnp.where(is_token.reshape((1,) * (logits.ndim - 1) + (-1,)), logits, MASKED_LOGIT)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def token_log_probs_in_chunks(
+    states: Array,
+    weights: Array,
+    targets: Array,
+    axes: Literal["ev", "ve"],
+    num_tokens: int,
+    chunk: int,
+) -> Array:
+    """`token_log_probs` of states times weights, of which only a few positions' logits are in memory at a time.
+
+    The backward pass multiplies them out again. The logits' gradient has the type of the states where it is a
+    factor of a product; products are added up in float32. Differentiable once, in states and weights.
+
+    Args:
+      states: [B, T, E], float32 or bfloat16.
+      weights: of the same type, [E, V] or [V, E].
+      targets: int32 [B, T].
+      axes: the weights' axes: "ev" or "ve".
+      num_tokens: entries of the vocabulary that are tokens, the first ones; the others are masked.
+      chunk: positions of a row whose logits are in memory at a time; the last chunk is filled up with zeros.
+
+    Returns:
+      float32 [B, T], nats.
+    """
+
+    def of_chunk(inputs: tuple[Array, Array]) -> Array:
+        states, targets = inputs
+        return token_log_probs(
+            mask_entries(_chunk_logits(states, weights, axes), num_tokens), targets
+        )
+
+    chunks = _split(states, chunk), _split(targets, chunk)
+    return _merge(jax.lax.map(of_chunk, chunks), targets.shape)
+
+
+def _chunk_logits(states: Array, weights: Array, axes: str) -> Array:
+    """float32 [D, B / D, C, V]."""
+    logits = jnp.einsum(f"dbte,{axes}->dbtv", states, weights, preferred_element_type=jnp.float32)
+    return constrain(logits, "batch", None, None, "vocab")
+
+
+def _forward_in_chunks(
+    states: Array, weights: Array, targets: Array, axes: Literal["ev", "ve"], *sizes: int
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    log_probs = token_log_probs_in_chunks(states, weights, targets, axes, *sizes)
+    return log_probs, (states, weights, targets)
+
+
+def _backward_in_chunks(
+    axes: str,
+    num_tokens: int,
+    chunk: int,
+    saved: tuple[Array, Array, Array],
+    cotangent: Array,
+) -> tuple[Array, Array, None]:
+    states, weights, targets = saved
+
+    def of_chunk(total: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        states, targets, cotangent = inputs
+        _, pull = jax.vjp(
+            lambda logits: token_log_probs(mask_entries(logits, num_tokens), targets),
+            _chunk_logits(states, weights, axes),
+        )
+        slopes = pull(cotangent)[0].astype(states.dtype)
+        of_weights = jnp.einsum(
+            f"dbte,dbtv->d{axes}", states, slopes, preferred_element_type=jnp.float32
+        )
+        return total + of_weights, jnp.einsum(f"dbtv,{axes}->dbte", slopes, weights)
+
+    # Every device adds up the gradient of its own rows, and once at the end they all do: were the rows one axis, they
+    # would in every turn of the loop.
+    zeros = jnp.zeros((row_parts(states.shape[0]), *weights.shape), jnp.float32)
+    over = {"e": None, "v": "vocab"}
+    zeros = constrain(zeros, "batch", *(over[axis] for axis in axes))
+    chunks = _split(states, chunk), _split(targets, chunk), _split(cotangent, chunk)
+    of_weights, of_states = jax.lax.scan(of_chunk, zeros, chunks)
+    return _merge(of_states, states.shape), of_weights.sum(axis=0).astype(weights.dtype), None
+
+
+token_log_probs_in_chunks.defvjp(_forward_in_chunks, _backward_in_chunks)
+
+
+def _split(x: Array, chunk: int) -> Array:
+    """[B, T, ...] as chunks [T / C, D, B / D, C, ...] of positions, D the parts that the mesh cuts the rows into."""
+    rows, length = x.shape[:2]
+    chunks = -(-length // chunk)
+    chunk = -(-length // chunks)
+    x = jnp.pad(x, [(0, 0), (0, chunks * chunk - length), *[(0, 0)] * (x.ndim - 2)])
+    parts = row_parts(rows)
+    x = jnp.moveaxis(x.reshape(parts, rows // parts, chunks, chunk, *x.shape[2:]), 2, 0)
+    return constrain(x, None, "batch", *[None] * (x.ndim - 2))
+
+
+def _merge(chunks: Array, shape: tuple[int, ...]) -> Array:
+    """The inverse of `_split`: an array [B, T, ...] of this shape."""
+    x = jnp.moveaxis(chunks, 0, 2)
+    return x.reshape(shape[0], -1, *shape[2:])[:, : shape[1]]
 
 
 def sum_by_example(

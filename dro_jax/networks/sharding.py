@@ -68,6 +68,16 @@ def constrain(x: Array, *axes: str | None) -> Array:
     )
 
 
+def row_parts(rows: int) -> int:
+    """How many parts so many rows are cut into here."""
+    here = _here.get()
+    if here is None:
+        return 1
+    mesh, rules = here
+    (entry,) = mesh_axes(("batch",), (rows,), mesh, rules)
+    return math.prod(mesh.shape[name] for name in _names(entry))
+
+
 def gather(weight: Array, *axes: str | None) -> Array:
     """The weight made whole along the mesh axes that the rows are spread over, for the layer that uses it.
 

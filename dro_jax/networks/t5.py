@@ -10,7 +10,7 @@ D head dimension, V vocabulary, L longest decoded sequence, K beams a prompt.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +19,16 @@ from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dro_jax.errors import UsageError, check_choice, check_number
+from dro_jax.networks.log_probs import (
+    MASKED_LOGIT,
+    mask_entries,
+    token_log_probs,
+    token_log_probs_in_chunks,
+)
 from dro_jax.networks.sharding import constrain, gather
 
 Array = jax.Array
 
-
-MASKED_LOGIT = -1e9
-"""Of an entry that is no token: its probability is exactly 0, and nothing is infinite."""
 
 BY_OUTPUT = "by_output"
 """Collection of the matrices that lie by output, [out, in]; see `decoding_variables`."""
@@ -61,6 +64,8 @@ class T5Config:
         not grow with the depth. Parameters, checkpoints and numbers stay the same.
       remat: what of a layer is computed again in the backward pass instead of kept: "none", all but the
         matrix products' results ("dots"), or all ("full").
+      logits_chunk: positions of a row whose logits are in memory at a time in training; the backward pass then
+        multiplies them out again. None keeps the logits [B, To, V] of all.
     """
 
     vocab_size: int
@@ -78,6 +83,7 @@ class T5Config:
     reserved_entry: bool = False
     scan_layers: bool = False
     remat: str = "none"
+    logits_chunk: int | None = None
 
     def __post_init__(self) -> None:
         """Raises UsageError for sizes that are none and names that are unknown."""
@@ -93,6 +99,8 @@ class T5Config:
         check_choice("T5Config.remat", self.remat, tuple(_REMAT))
         if not isinstance(self.scan_layers, bool):
             raise UsageError(f"T5Config.scan_layers is {self.scan_layers!r}: give True or False")
+        if self.logits_chunk is not None:
+            check_number("T5Config.logits_chunk", self.logits_chunk, whole=True, at_least=1)
 
     @property
     def compute_dtype(self) -> Any:
@@ -104,7 +112,7 @@ class T5Config:
     def architecture(self) -> dict[str, Any]:
         """Everything that parameters depend on, JSON-ready: a checkpoint belongs to the model it agrees with."""
         fields = dataclasses.asdict(self)
-        for name in ("dtype", "reserved_entry", "scan_layers", "remat"):
+        for name in ("dtype", "reserved_entry", "scan_layers", "remat", "logits_chunk"):
             del fields[name]
         return fields | {"mlp_activations": list(self.mlp_activations)}
 
@@ -215,17 +223,19 @@ class Embedding(nn.Module):
     def __call__(self, tokens: Array) -> Array:
         """Looks up tokens [B, T]: [B, T, E]."""
         # A gather: the one-hot product costs a third of a small model's step on CPU.
-        table = gather(self.embedding.astype(self.config.compute_dtype), "vocab", "embed")
         # The gradient is added up whole too, or the compiler moves all activations to where the table lies.
-        table = constrain(table, "vocab", None)
+        table = constrain(self.weights(), "vocab", None)
         return constrain(jnp.take(table, tokens, axis=0), "batch", None, None)
+
+    def weights(self) -> Array:
+        """The table as a layer uses it, [V, E]."""
+        return gather(self.embedding.astype(self.config.compute_dtype), "vocab", "embed")
 
     def attend(self, x: Array) -> Array:
         """Logits [..., V] of states [..., E] against the table, float32."""
-        table = gather(self.embedding.astype(self.config.compute_dtype), "vocab", "embed")
         if self.has_variable(BY_OUTPUT, "embedding"):
-            return times_by_output(x, table, preferred_element_type=jnp.float32)
-        return jnp.einsum("...e,ve->...v", x, table, preferred_element_type=jnp.float32)
+            return times_by_output(x, self.weights(), preferred_element_type=jnp.float32)
+        return jnp.einsum("...e,ve->...v", x, self.weights(), preferred_element_type=jnp.float32)
 
 
 class RelativeBias(nn.Module):
@@ -452,17 +462,24 @@ class OutputLayer(nn.Module):
 
     config: T5Config
 
-    @nn.compact
-    def __call__(self, states: Array) -> Array:
-        """Maps [..., E] to float32 [..., V]."""
+    def setup(self) -> None:
+        """Declares the kernel."""
         init = nn.initializers.variance_scaling(1.0, "fan_in", "truncated_normal")
         shape = (self.config.emb_dim, self.config.vocab_size)
-        kernel = parameter(self, "kernel", init, shape, ("embed", "vocab"))
+        self.kernel = parameter(self, "kernel", init, shape, ("embed", "vocab"))
+
+    def weights(self) -> Array:
+        """The kernel as a layer uses it, [E, V]."""
+        return gather(self.kernel.astype(self.config.compute_dtype), "embed", "vocab")
+
+    def __call__(self, states: Array) -> Array:
+        """Maps [..., E] to float32 [..., V]."""
         if self.has_variable(BY_OUTPUT, "kernel"):
             by_output: Array = self.get_variable(BY_OUTPUT, "kernel")
             return times_by_output(states, by_output, preferred_element_type=jnp.float32)
-        kernel = gather(kernel.astype(self.config.compute_dtype), "embed", "vocab")
-        return jnp.einsum("...e,ev->...v", states, kernel, preferred_element_type=jnp.float32)
+        return jnp.einsum(
+            "...e,ev->...v", states, self.weights(), preferred_element_type=jnp.float32
+        )
 
 
 class Decoder(nn.Module):
@@ -495,6 +512,10 @@ class Decoder(nn.Module):
     def logits(self, states: Array) -> Array:
         """Untied logits float32 [..., V] of states [..., E]."""
         return self.logits_dense(states)
+
+    def output_weights(self) -> Array:
+        """What untied logits are made with, [E, V]."""
+        return self.logits_dense.weights()
 
     def init_cache(self, encoded: Array, max_length: int, beams: int) -> list[dict[str, Array]]:
         """Empty caches [B * K, H, L, D], one a layer, with the encoder's keys and values [B, H, Ti, D] beside them."""
@@ -569,14 +590,63 @@ class T5(nn.Module):
         With `reserved_entry` the latter is a single net's V: at an example's first position it has seen the
         prompt alone.
         """
+        states = self.decode(
+            encoder_input_tokens, decoder_input_tokens, encoder_segment_ids, decoder_segment_ids
+        )
+        raw = self._raw_logits(states)
+        return self._mask_reserved(raw), raw[..., -1]
+
+    def log_probs_and_values(
+        self,
+        decoder_target_tokens: Array,
+        encoder_input_tokens: Array,
+        decoder_input_tokens: Array,
+        encoder_segment_ids: Array | None = None,
+        decoder_segment_ids: Array | None = None,
+    ) -> tuple[Array, Array]:
+        """log pi of each target [B, To] in nats, float32, and the raw logits [B, To] of `logits_and_values`.
+
+        The same numbers with `logits_chunk` as without, but for rounding.
+        """
+        states = self.decode(
+            encoder_input_tokens, decoder_input_tokens, encoder_segment_ids, decoder_segment_ids
+        )
+        return self.log_probs_and_values_of(states, decoder_target_tokens)
+
+    def log_probs_and_values_of(self, states: Array, targets: Array) -> tuple[Array, Array]:
+        """`log_probs_and_values` [B, To] of decoder states [B, To, E]."""
+        config = self.config
+        if config.logits_chunk is None:
+            raw = self._raw_logits(states)
+            return token_log_probs(self._mask_reserved(raw), targets), raw[..., -1]
+        axes: Literal["ev", "ve"]
+        if config.logits_via_embedding:
+            states = states * config.emb_dim**-0.5
+            weights, axes = self.token_embedder.weights(), "ve"
+        else:
+            weights, axes = self.decoder.output_weights(), "ev"
+        of_last = jax.lax.index_in_dim(weights, -1, axes.index("v"), keepdims=False)
+        last = jnp.einsum("bte,e->bt", states, of_last, preferred_element_type=jnp.float32)
+        num_tokens = config.vocab_size - config.reserved_entry
+        log_probs = token_log_probs_in_chunks(
+            states, weights, targets, axes, num_tokens, config.logits_chunk
+        )
+        return log_probs, last
+
+    def decode(
+        self,
+        encoder_input_tokens: Array,
+        decoder_input_tokens: Array,
+        encoder_segment_ids: Array | None = None,
+        decoder_segment_ids: Array | None = None,
+    ) -> Array:
+        """Decoder states [B, To, E], of which the logits are made; arguments as of a call."""
         segments = encoder_segments(encoder_input_tokens, encoder_segment_ids)
         encoded = self.encode(encoder_input_tokens, segments)
         if decoder_segment_ids is None:
             decoder_segment_ids = jnp.ones_like(decoder_input_tokens)
         embedded = self.token_embedder(decoder_input_tokens)
-        states = self.decoder(embedded, encoded, decoder_segment_ids, segments)
-        raw = self._raw_logits(states)
-        return self._mask_reserved(raw), raw[..., -1]
+        return self.decoder(embedded, encoded, decoder_segment_ids, segments)
 
     def encode(
         self, encoder_input_tokens: Array, encoder_segment_ids: Array | None = None
@@ -590,10 +660,7 @@ class T5(nn.Module):
         return self._mask_reserved(self._raw_logits(states))
 
     def _mask_reserved(self, raw: Array) -> Array:
-        if not self.config.reserved_entry:
-            return raw
-        is_token = jnp.arange(self.config.vocab_size) < self.config.vocab_size - 1
-        return jnp.where(is_token.reshape((1,) * (raw.ndim - 1) + (-1,)), raw, MASKED_LOGIT)
+        return mask_entries(raw, self.config.vocab_size - self.config.reserved_entry)
 
     def _raw_logits(self, states: Array) -> Array:
         if self.config.logits_via_embedding:

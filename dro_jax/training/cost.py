@@ -119,6 +119,8 @@ def flops(work: Workload, parameters: int) -> Flops:
     recomputed = rows * _recomputed(config, work.inputs, work.targets)
     if positions:
         recomputed += rows * _recomputed(config, work.inputs, positions)
+    if config.logits_chunk is not None:
+        recomputed += vocabulary
     if work.microbatches > 1 and work.forward_first:
         recomputed += forward + value + reference + mismatched
     # Backward is a product for the weights and one for what they were multiplied with.
@@ -227,7 +229,10 @@ def temporary_bytes(work: Workload, layout: Layout) -> dict[str, float]:
         * (held + sum(weight.held for weight in frozen)),
         "weights gathered": _item(config) * arrived,
         "kept for the backward pass": rows * _kept_by_step(work, parts),
-        "logits and their gradient": rows * 2 * _logits(work, parts),
+        "logits and their gradient": rows
+        * 2
+        * _logits(work, parts)
+        * min(1, (config.logits_chunk or work.targets) / work.targets),
         "within a layer": rows * 2 * layer,
         "relative biases and gradients": 2 * 4 * scores * (3 if work.value_positions else 2),
     }
@@ -249,7 +254,10 @@ def touched_bytes(work: Workload, layout: Layout) -> float:
         + item * sum(2 * weight.gathered - weight.held for weight in _passes(work, layout))
         + 2 * rows * _kept_by_step(work, parts)
         # Written and read by the policy's loss, read for their gradient, that written and read for two products.
-        + rows * _logits(work, parts) * (6 + 2 * work.reference)
+        # In chunks they are written once more.
+        + rows
+        * _logits(work, parts)
+        * (6 + 2 * work.reference + (work.config.logits_chunk is not None))
     )
 
 

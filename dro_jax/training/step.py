@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from dro_jax.networks import T5, T5Config, ValueNetwork, sum_by_example, token_log_probs
+from dro_jax.networks import T5, T5Config, ValueNetwork, sum_by_example
 from dro_jax.networks.sharding import constrain, laid_over
 from dro_jax.training import partitioning
 from dro_jax.training.algorithms import Algorithm, Examples
@@ -256,9 +256,14 @@ def batch_metrics(batch: Batch) -> Metrics:
 
 def _log_prob_and_last_logits(config: T5Config, policy: Any, batch: Batch) -> tuple[Array, Array]:
     """log pi(y|x) [B, N], and the last vocabulary entry's logit at every decoder position [B, To]."""
-    outputs: Any = T5(config).apply({"params": policy}, *_tokens(batch), method="logits_and_values")
-    logits, last_logits = outputs
-    return _sum(token_log_probs(logits, batch["decoder_target_tokens"]), batch), last_logits
+    outputs: Any = T5(config).apply(
+        {"params": policy},
+        batch["decoder_target_tokens"],
+        *_tokens(batch),
+        method="log_probs_and_values",
+    )
+    log_probs, last_logits = outputs
+    return _sum(log_probs, batch), last_logits
 
 
 def _values(config: T5Config, value: Any, batch: Batch) -> Array:

@@ -276,8 +276,13 @@ def test_batch_size_that_does_not_divide(refused, batch_size):
             "Partitioning.rules: there is no logical axis 'embd'",
         ),
         ({"t5__T5Config__remat": "all"}, "T5Config.remat is 'all': give one of 'none', 'dots'"),
+        ({"t5__T5Config__logits_chunk": 0}, "T5Config.logits_chunk is 0: give a whole number of"),
         ({"t5__T5Config__scan_layers": 1}, "T5Config.scan_layers is 1: give True or False"),
         ({"train__train__stall_seconds": 0}, "train.stall_seconds is 0: give a number greater"),
+        (
+            {"train__train__compilation_cache_dir": 5},
+            "train.compilation_cache_dir is 5: give a path, or None",
+        ),
         ({"TAU": -1}, "TAU (DroV.tau) is -1: give a number greater than 0"),
         ({"TAU": True}, "TAU (DroV.tau) is True: give a number greater than 0"),
         ({"MODEL_DIR": 3}, "MODEL_DIR is 3: give a path"),

@@ -96,6 +96,13 @@ def test_scanned_layers_on_eight_devices_train_as_unrolled_ones_on_one(trained, 
     assert_same(got, plain("dro_v", **DEEP))
 
 
+@pytest.mark.parametrize(("method", "sizes"), [("dro_v", (2, 2, 2)), ("kto", (1, 8, 1))])
+def test_logits_in_chunks_on_eight_devices_train_as_whole_ones_on_one(
+    method, sizes, trained, plain
+):
+    assert_same(trained(method, sizes, logits_chunk=3), plain(method))
+
+
 def test_two_processes_of_four_devices_train_as_one(plain, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))

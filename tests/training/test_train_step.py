@@ -1,5 +1,7 @@
 """The jitted step: exact gradients of the whole network, who is trained and who is not, and learning."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -188,6 +190,14 @@ def test_the_log_ratio_at_step_0_is_exactly_0(seed, bench, make_batch, evaluatio
     _, metrics = one.train_step(state, one.reference, batch)
     assert float(metrics["kl/log_ratio_mean"]) == 0.0
     assert float(metrics["kl/log_ratio_std"]) == 0.0
+
+
+def test_the_log_ratio_at_step_0_is_exactly_0_with_logits_in_chunks(bench, make_batch):
+    one = bench(config=dataclasses.replace(bench().config, logits_chunk=2))
+    _, metrics = one.train_step(one.state(), one.reference, one.to_devices(make_batch(0)))
+    assert float(metrics["kl/log_ratio_mean"]) == 0.0
+    assert float(metrics["kl/log_ratio_std"]) == 0.0
+    assert float(metrics["grad_norm/policy"]) > 0
 
 
 def test_a_cached_reference_gives_the_same_loss_without_a_reference_in_memory(

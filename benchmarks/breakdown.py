@@ -1,0 +1,201 @@
+"""Where the time of a DRO-V step goes, and how much of the machine's arithmetic it uses.
+
+    python benchmarks/breakdown.py --output breakdown.json
+    python benchmarks/breakdown.py --model large --batch 32 --lengths 512/512    # a GPU
+
+The parts are programs of their own, so they need not add up to the step, in which the compiler may overlap and fuse
+them; the difference is a line. Networks are timed forward and backward (the reference forward) on one packed batch of
+`--batch` rows. Operations are those of `dro_jax.training.cost`: the matrix products of what a part has to do, nothing
+twice.
+The ceiling is what one large product reaches on the same device in the same type.
+
+- Model FLOPs utilisation: operations of policy, value network and reference (where the step runs it) in a second, over
+  the ceiling; and again with the operations that the real tokens alone need.
+"""
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import ours
+import workloads
+from measure import Result, in_turns, machine, report, result
+
+from dro_jax.data.packing import WINDOW, Batch
+from dro_jax.networks import T5, T5Config, ValueNetwork
+from dro_jax.training import cost, loop, step
+
+Array = jax.Array
+
+
+def main() -> None:
+    """Measures, prints the results, and writes them where asked to."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    workloads.add_flags(parser)
+    parser.add_argument("--repeats", type=int, default=7, help="default: %(default)s")
+    parser.add_argument(
+        "--product", type=int, help="width of the large product (default: 8192, 2048 on CPU)"
+    )
+    flags = parser.parse_args()
+    config, cut = workloads.configure(flags), workloads.limits(flags)
+    rows = max(WINDOW, flags.batch * workloads.MAX_EXAMPLES)
+    examples = workloads.make_examples(rows, cut, config.vocab_size, seed=0)
+    batch = next(workloads.packed(examples, cut, rows=flags.batch, batch=flags.batch))
+    on_cpu = jax.default_backend() == "cpu"
+    conditions = machine(["jax", "flax", "optax", "numpy"]) | {
+        "device": jax.devices()[0].device_kind,
+        "dtype": str(jnp.dtype(config.compute_dtype)),
+    }
+    width = flags.product or (2048 if on_cpu else 8192)
+    title = f"the parts of a step, T5 {flags.model}, {flags.batch} packed rows of {flags.lengths}"
+    report(title, conditions, measure(config, batch, width, flags.repeats), flags.output)
+
+
+def measure(config: T5Config, batch: Batch, width: int, repeats: int) -> Iterator[Result]:
+    """Times steps, their parts and the large product in turns."""
+    trainer = ours.make_trainer(config)
+    calls = parts(trainer, batch)
+    names = list(calls)
+    calls["step"] = functools.partial(trainer.run, [workloads.without_reference(batch)])
+    calls["step, cached reference"] = functools.partial(trainer.run, [batch])
+    calls["product"] = product(config, width)
+    in_turns(calls, 1)
+    seconds = in_turns(calls, repeats)
+    ceilings = [2 * width**3 / s for s in seconds["product"]]
+    ceiling = statistics.median(ceilings)
+    needed = operations(config, batch)
+    examples, tokens, positions = workloads.count(batch)
+    yield result("examples", "in the batch", [examples])
+    yield result("real tokens", "%", [100 * tokens / positions])
+    yield result("ceiling: a large product", "TFLOP/s", [c / 1e12 for c in ceilings])
+    for name in names:
+        yield result(name, "ms", [1e3 * s for s in seconds[name]])
+        if name != "optimizer":
+            shares = [100 * needed[name] / s / ceiling for s in seconds[name]]
+            yield result(f"{name}: of the ceiling", "%", shares)
+    for name, left_out in (("step", ()), ("step, cached reference", ("reference",))):
+        counted = [part for part in names if part != "optimizer" and part not in left_out]
+        whole = sum(needed[part] for part in counted)
+        real = sum(operations_of_real_tokens(config, batch)[part] for part in counted)
+        yield result(name, "ms", [1e3 * s for s in seconds[name]])
+        apart = [
+            s - sum(seconds[part][turn] for part in (*counted, "optimizer"))
+            for turn, s in enumerate(seconds[name])
+        ]
+        yield result(f"{name}: more than its parts", "ms", [1e3 * s for s in apart])
+        for what, flops in (("all positions", whole), ("real tokens", real)):
+            used = [100 * flops / s / ceiling for s in seconds[name]]
+            yield result(f"{name}: model FLOPs utilisation, {what}", "%", used)
+
+
+def parts(trainer: ours.Trainer, host: Batch) -> dict[str, Callable[[], float]]:
+    """Returns what runs each part of a step once and returns its seconds."""
+    config, batch = trainer.config, loop.to_devices(host, trainer.sharding)
+    tokens, targets = batch["encoder_input_tokens"], batch["decoder_input_tokens"]
+    segments, own = batch["encoder_segment_ids"], batch["decoder_segment_ids"]
+    policy = trainer.reference
+    # Copies: the step, which is timed in turns with its parts, donates its state.
+    value, opt_state = jax.tree.map(jnp.copy, (trainer.state.value, trainer.state.opt_state))
+    network = T5(config)
+
+    def encode(params: Any) -> Array:
+        return network.apply({"params": params}, tokens, segments, method="encode")
+
+    def decode(params: Any, encoded: Array) -> Array:
+        def run(module: T5, encoded: Array) -> Array:
+            return module.decoder(module.token_embedder(targets), encoded, own, segments)
+
+        return network.apply({"params": params}, encoded, method=run)
+
+    def log_probs(params: Any, states: Array) -> Array:
+        return network.apply(
+            {"params": params},
+            states,
+            batch["decoder_target_tokens"],
+            method="log_probs_and_values_of",
+        )[0]
+
+    def values(params: Any) -> Array:
+        slots = batch["rewards"].shape[1]
+        return ValueNetwork(config).apply({"params": params}, tokens, segments, slots)
+
+    def gradients(function: Callable[..., Array]) -> Callable[..., Any]:
+        """The gradients of a sum in all arguments."""
+
+        def run(*inputs: Any) -> Any:
+            found, pull = jax.vjp(function, *inputs)
+            return pull(jnp.ones_like(found))
+
+        return jax.jit(run)
+
+    @jax.jit
+    def update(params: Any, state: Any) -> Any:
+        # As in the step, gradients are arrays and not constants.
+        grads = jax.tree.map(lambda x: 1e-3 * x, params)
+        updated = {}
+        for part, transform in ours.OPTIMIZER.transforms().items():
+            updates, state[part] = transform.update(grads[part], state[part], params[part])
+            updated[part] = optax.apply_updates(params[part], updates)
+        return updated, state
+
+    encoded = jax.jit(encode)(policy)
+    states = jax.jit(decode)(policy, encoded)
+    reference = jax.jit(functools.partial(step.sequence_log_prob, config))
+    params = {"policy": policy, "value": value}
+    return {
+        "encoder": functools.partial(timed, gradients(encode), policy),
+        "decoder": functools.partial(timed, gradients(decode), policy, encoded),
+        "vocabulary": functools.partial(timed, gradients(log_probs), policy, states),
+        "value": functools.partial(timed, gradients(values), value),
+        "reference": functools.partial(timed, reference, policy, batch),
+        "optimizer": functools.partial(timed, update, params, opt_state),
+    }
+
+
+def product(config: T5Config, width: int) -> Callable[[], float]:
+    """Returns what times one product of two square matrices in the compute type."""
+    factors = jax.random.normal(jax.random.key(0), (2, width, width), config.compute_dtype)
+    return functools.partial(timed, jax.jit(jnp.matmul), *factors)
+
+
+def timed(function: Callable[..., Any], *inputs: Any) -> float:
+    """Returns the seconds of a call, its results included."""
+    begin = time.perf_counter()
+    jax.block_until_ready(function(*inputs))
+    return time.perf_counter() - begin
+
+
+def operations(config: T5Config, batch: Batch) -> dict[str, float]:
+    """Returns the operations of each part over all positions of a batch."""
+    rows, inputs = batch["encoder_input_tokens"].shape
+    targets, slots = batch["decoder_target_tokens"].shape[1], batch["rewards"].shape[1]
+    work = cost.Workload(config, ours.ALGORITHM.needs, rows, inputs, targets, slots)
+    return vars(cost.flops(work, parameters=0))
+
+
+def operations_of_real_tokens(config: T5Config, batch: Batch) -> dict[str, float]:
+    """Returns the operations of each part if every example were computed alone, without padding."""
+    total = dict.fromkeys(operations(config, batch), 0.0)
+    for row in range(len(batch["rewards"])):
+        prompts, completions = (
+            np.bincount(batch[f"{side}_segment_ids"][row], minlength=workloads.MAX_EXAMPLES + 1)
+            for side in ("encoder", "decoder")
+        )
+        for slot in np.flatnonzero(batch["reward_weights"][row]) + 1:
+            work = cost.Workload(
+                config, ours.ALGORITHM.needs, 1, int(prompts[slot]), int(completions[slot])
+            )
+            for part, flops in vars(cost.flops(work, parameters=0)).items():
+                total[part] += flops
+    return total
+
+
+if __name__ == "__main__":
+    main()

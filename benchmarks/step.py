@@ -1,0 +1,174 @@
+"""Speed of a DRO-V step, ours beside PyTorch with transformers' T5.
+
+    pip install -e '.[bench]'
+    python benchmarks/step.py --output step.json                                   # two CPU cores
+    python benchmarks/step.py --model large --batch 32 --lengths 512/512 --compile # a GPU
+
+Both sides train on the same examples, of real lengths (see workloads.py), and take turns, so that what else the machine
+does falls on both. A turn is some whole steps, from NumPy batches to updated weights, and ends when the device has done
+them; programs are compiled before. theirs.py says what the other side is.
+
+- ours, like for like: one example a row, the reference in the step, rows as long as the batch's longest, rounded up
+  so that there are few programs to compile.
+- ours, to the maximum: the same, but all rows as long as `--lengths`, as `dro_jax train` without packing has them.
+- ours, cached reference: like for like, but the batches carry the reference's log-probabilities.
+- ours, packed and cached: as `dro_jax train` with both; as many rows as hold about `--batch` examples.
+- PyTorch, to the longest and to the maximum: one example a row, padded to the longest of its batch or to `--lengths`.
+
+Ours needs neither TensorFlow nor SeqIO; `--sides ours` needs no PyTorch either. The machine should have nothing else to
+do: PyTorch's threads suffer more from others than ours (NOTES.md).
+"""
+
+import argparse
+import functools
+import itertools
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+
+import jax
+import ours
+import workloads
+from measure import Result, in_turns, machine, report, result
+
+from dro_jax.data.packing import WINDOW, Batch
+from dro_jax.networks import T5Config
+
+ROUNDING = 64
+"""Our rows that are as long as their longest are a multiple of so many tokens."""
+
+Run = Callable[[Sequence[Batch]], float]
+
+
+def main() -> None:
+    """Measures, prints the results, and writes them where asked to."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    workloads.add_flags(parser)
+    parser.add_argument("--steps", type=int, default=5, help="of a turn (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="turns (default: %(default)s)")
+    parser.add_argument("--sides", choices=("ours", "theirs", "both"), default="both")
+    parser.add_argument(
+        "--compile", action="store_true", help="measure PyTorch with torch.compile too"
+    )
+    flags = parser.parse_args()
+    config, cut = workloads.configure(flags), workloads.limits(flags)
+    needed = flags.batch * flags.steps * flags.repeats
+    examples = workloads.make_examples(max(needed, WINDOW), cut, config.vocab_size, seed=0)
+    packages, sides = ["jax", "flax", "optax", "numpy"], {}
+    if flags.sides != "theirs":
+        sides |= our_sides(config, examples, flags.batch, cut)
+    if flags.sides != "ours":
+        packages += ["torch", "transformers"]
+        sides |= their_sides(config, examples, flags.batch, cut, compiled=flags.compile)
+    conditions = machine(packages) | {
+        "device": jax.devices()[0].device_kind,
+        "dtype": str(jax.numpy.dtype(config.compute_dtype)),
+        "layers": f"{'scanned' if config.scan_layers else 'unrolled'}, remat {config.remat}, "
+        f"logits_chunk {config.logits_chunk}",
+    }
+    title = f"a step of DRO-V, T5 {flags.model}, batch {flags.batch}, cut at {flags.lengths} tokens"
+    report(title, conditions, measure(sides, flags.steps, flags.repeats), flags.output)
+
+
+def our_sides(
+    config: T5Config, examples: Sequence[workloads.Example], batch: int, cut: dict[str, int]
+) -> dict[str, tuple[Run, Iterator[Batch]]]:
+    """Returns how our variants take steps, and their batches. They go on with one training."""
+    run = ours.make_trainer(config).run
+    longest, maximum, cached = (
+        workloads.padded(examples, batch, multiple=ROUNDING),
+        workloads.padded_to(examples, batch, cut),
+        workloads.padded(examples, batch, multiple=ROUNDING),
+    )
+    return {
+        "ours, like for like": (run, map(workloads.without_reference, longest)),
+        "ours, to the maximum": (run, map(workloads.without_reference, maximum)),
+        "ours, cached reference": (run, cached),
+        "ours, packed and cached": (
+            run,
+            workloads.packed(examples, cut, rows=None, batch=batch),
+        ),
+    }
+
+
+def their_sides(
+    config: T5Config,
+    examples: Sequence[workloads.Example],
+    batch: int,
+    cut: dict[str, int],
+    *,
+    compiled: bool,
+) -> dict[str, tuple[Run, Iterator[Batch]]]:
+    """Returns how PyTorch's variants take steps, and their batches. They go on with one training."""
+    # Ours runs where there is no PyTorch.
+    import theirs
+
+    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    bfloat16 = config.compute_dtype == jax.numpy.bfloat16
+    eager = theirs.make_trainer(config, device, bfloat16=bfloat16)
+    trainers = {"PyTorch": (eager, eager)}
+    if compiled:
+        trainers["PyTorch, compiled"] = (
+            theirs.compiled(eager, dynamic=True),
+            theirs.compiled(eager, dynamic=False),
+        )
+    sides: dict[str, tuple[Run, Iterator[Batch]]] = {}
+    for name, (any_length, one_length) in trainers.items():
+        longest = workloads.padded(examples, batch, multiple=1)
+        sides[f"{name}, to the longest"] = any_length.run, longest
+        maximum = workloads.padded_to(examples, batch, cut)
+        sides[f"{name}, to the maximum"] = one_length.run, maximum
+    return sides
+
+
+def measure(
+    sides: dict[str, tuple[Run, Iterator[Batch]]], steps: int, repeats: int
+) -> Iterator[Result]:
+    """Lets the sides take turns, and compares ours with the faster of theirs that pad to the longest."""
+    counts, timed = {}, {}
+    for name, (run, batches) in sides.items():
+        some = list(itertools.islice(itertools.cycle(batches), steps * repeats))
+        turns = [some[first : first + steps] for first in range(0, len(some), steps)]
+        # Every shape once.
+        run(list({batch_shape(batch): batch for batch in some}.values()))
+        timed[name] = functools.partial(run_next, run, iter(turns))
+        counts[name] = [[workloads.count(batch) for batch in turn] for turn in turns]
+        positions = [sum(p for *_, p in turn) / steps for turn in counts[name]]
+        real = [
+            100 * sum(t for _, t, _ in turn) / sum(p for *_, p in turn) for turn in counts[name]
+        ]
+        yield result(f"{name}: positions", "a step", positions)
+        yield result(f"{name}: real tokens among them", "%", real)
+    seconds = in_turns(timed, repeats)
+    speeds: dict[str, list[list[float]]] = {}
+    for name, taken in seconds.items():
+        totals = [[sum(column) for column in zip(*turn, strict=True)] for turn in counts[name]]
+        speeds[name] = [
+            [total[kind] / s for total, s in zip(totals, taken, strict=True)] for kind in (0, 1)
+        ]
+        yield result(f"{name}: a step", "ms", [1e3 * s / steps for s in taken])
+        yield result(f"{name}: examples", "a second", speeds[name][0])
+        yield result(f"{name}: real tokens", "a second", speeds[name][1])
+    theirs = [name for name in sides if name.startswith("PyTorch") and "longest" in name]
+    if not theirs:
+        return
+    base = max(theirs, key=lambda name: statistics.median(speeds[name][1]))
+    for name in sides:
+        if name.startswith("ours"):
+            for kind, of in ((0, "examples"), (1, "real tokens")):
+                pairs = zip(speeds[name][kind], speeds[base][kind], strict=True)
+                ratios = [mine / other for mine, other in pairs]
+                yield result(f"{name} / {base}: {of}", "times", ratios)
+
+
+def run_next(run: Run, turns: Iterator[Sequence[Batch]]) -> float:
+    """Returns the seconds of the next turn."""
+    return run(next(turns))
+
+
+def batch_shape(batch: Batch) -> tuple[tuple[int, ...], ...]:
+    """Returns what a program is compiled for."""
+    return tuple(array.shape for array in batch.values())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""The step's benchmark measures both sides on the same examples, and ours from arrays alone."""
+
+import importlib.util
+
+import numpy as np
+import pytest
+import running
+
+MISSING = [name for name in ("torch", "transformers") if importlib.util.find_spec(name) is None]
+OURS = [
+    "ours, like for like",
+    "ours, to the maximum",
+    "ours, cached reference",
+    "ours, packed and cached",
+]
+THEIRS = ["PyTorch, to the longest", "PyTorch, to the maximum"]
+STEPS = ["--steps=1", "--repeats=2"]
+
+
+def names(sides):
+    shapes = [f"{s}: {what}" for s in sides for what in ("positions", "real tokens among them")]
+    speeds = [f"{s}: {what}" for s in sides for what in ("a step", "examples", "real tokens")]
+    return shapes + speeds
+
+
+def test_our_side_needs_arrays_alone(tmp_path):
+    found = running.run(
+        "step",
+        *running.TRIAL,
+        *STEPS,
+        "--sides=ours",
+        "--logits_chunk=4",
+        output=tmp_path / "results.json",
+        arrays_alone=True,
+    )
+    lines = found["results"]
+    assert list(lines) == names(OURS)
+    assert found["conditions"]["layers"] == "unrolled, remat none, logits_chunk 4"
+    assert found["conditions"]["dtype"] == "float32"
+    assert "torch" not in found["conditions"]
+    # Rows of two examples: 64 + 64 positions where they are rounded up, else 8 + 8.
+    medians = {name: line["median"] for name, line in lines.items()}
+    assert medians["ours, like for like: positions"] == 256
+    assert medians["ours, to the maximum: positions"] == 32
+    assert medians["ours, cached reference: positions"] == 256
+    for side in OURS:
+        real = lines[f"{side}: real tokens among them"]
+        assert 0 < real["least"] <= real["most"] <= 100
+        examples, tokens = (lines[f"{side}: {of}"]["median"] for of in ("examples", "real tokens"))
+        assert 4 * examples < tokens <= 16 * examples
+    assert lines["ours, like for like: a step"]["repeats"] == 2
+
+
+def test_every_turn_is_of_the_side_s_own_batches(monkeypatch):
+    monkeypatch.syspath_prepend(running.BENCHMARKS)
+    import step
+    import workloads
+
+    seen = {"ours, one": [], "PyTorch, to the longest": []}
+    examples = workloads.make_examples(8, {"inputs": 8, "targets": 8}, 64, 0)
+    longer = {"inputs": 9, "targets": 9}
+    of_sides = {
+        "ours, one": list(workloads.padded(examples, 2, multiple=1)),
+        "PyTorch, to the longest": list(workloads.padded_to(examples, 2, longer)),
+    }
+    # A second a row for ours, two for theirs.
+    sides = {
+        name: (
+            lambda some, name=name, each=each: seen[name].append(some) or each * 2 * len(some),
+            iter(batches),
+        )
+        for each, (name, batches) in enumerate(of_sides.items(), 1)
+    }
+    lines = {line.name: line for line in step.measure(sides, steps=2, repeats=2)}
+    for name, batches in of_sides.items():
+        warm, *turns = seen[name]
+        shapes = [step.batch_shape(batch) for batch in batches]
+        assert sorted(map(step.batch_shape, warm)) == sorted(set(shapes))
+        assert turns == [batches[:2], batches[2:]]
+    assert lines["ours, one: examples"].median == 1
+    assert lines["PyTorch, to the longest: examples"].median == 0.5
+    ratio = lines["ours, one / PyTorch, to the longest: real tokens"]
+    assert ratio.least == ratio.most == 2
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"needs the extra `bench`: no {' and no '.join(MISSING)}")
+def test_ratios_are_of_the_turns_beside_each_other(tmp_path):
+    found = running.run("step", *running.TRIAL, *STEPS, output=tmp_path / "results.json")
+    lines = found["results"]
+    base = "PyTorch, to the longest"
+    ratios = [f"{side} / {base}: {of}" for side in OURS for of in ("examples", "real tokens")]
+    assert list(lines) == [*names([*OURS, *THEIRS]), *ratios]
+    # Two turns: both medians are means, and the ratio lies between the turns' extremes.
+    for side in OURS:
+        mine, theirs = lines[f"{side}: examples"], lines[f"{base}: examples"]
+        ratio = lines[f"{side} / {base}: examples"]
+        assert mine["least"] / theirs["most"] <= ratio["least"]
+        assert ratio["most"] <= mine["most"] / theirs["least"]
+    # Like for like: the same examples in the same turn.
+    same = (lines[f"ours, like for like / {base}: {of}"] for of in ("examples", "real tokens"))
+    assert np.isclose(*(line["median"] for line in same))
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"needs the extra `bench`: no {' and no '.join(MISSING)}")
+def test_both_sides_compute_the_same_log_probabilities_and_loss(monkeypatch):
+    import jax
+    import torch
+
+    monkeypatch.syspath_prepend(running.BENCHMARKS)
+    import generate
+    import theirs
+    import workloads
+    from flax.core import meta
+
+    from dro_jax import objectives
+    from dro_jax.training import step, train_state
+
+    config = workloads.SHAPES["trial"]
+    examples = workloads.make_examples(4, {"inputs": 8, "targets": 9}, config.vocab_size, 0)
+    (batch,) = workloads.padded(examples, 4, multiple=1)
+    params = meta.unbox(jax.jit(lambda: train_state.init_policy(config, 0))())
+    ours = np.asarray(jax.jit(lambda p: step.sequence_log_prob(config, p, batch))(params))[:, 0]
+
+    trainer = theirs.make_trainer(config, "cpu", bfloat16=False)
+    trainer.policy = generate.in_transformers(config, params)
+    host = trainer.to_device(batch)
+    with torch.no_grad():
+        found = theirs.log_prob(trainer.policy, host).numpy()
+        reference = theirs.log_prob(trainer.reference, host).numpy()
+        value = trainer.value(host["inputs"], host["mask"]).numpy()
+    np.testing.assert_allclose(found, ours, rtol=1e-5)
+    loss, metrics = objectives.dro_v_loss(
+        policy_log_prob=found[:, None],
+        reference_log_prob=reference[:, None],
+        value=value[:, None],
+        reward=batch["rewards"],
+        weights=batch["reward_weights"],
+        tau=theirs.TAU,
+    )
+    assert np.isclose(float(trainer.step(batch)), float(loss), rtol=1e-4), metrics
