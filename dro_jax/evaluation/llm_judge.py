@@ -203,7 +203,7 @@ class LlmJudge:
         def next_verdict() -> Verdict:
             first = under_way.popleft()
             concurrent.futures.wait((first, stopped), return_when="FIRST_COMPLETED")
-            return (stopped if stopped.done() else first).result()
+            return (first if first.done() else stopped).result()
 
         with contextlib.closing(ReplyCache(self.cache)) as replies:
             questions = _Questions(self, replies, stopped)

@@ -717,7 +717,14 @@ def start(server, cache, count, program=PROGRAM):
     arguments = [sys.executable, "-c", program, server.base_url, str(cache), str(count)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     environment = os.environ | {"OPENAI_API_KEY": KEY}
-    return subprocess.Popen(arguments, text=True, env=environment, **pipes)
+    return subprocess.Popen(
+        arguments,
+        text=True,
+        env=environment,
+        # Where the tests run in the background, Ctrl-C is ignored, and so it would be by their children.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        **pipes,
+    )
 
 
 def kept_replies(cache):
