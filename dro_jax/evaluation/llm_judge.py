@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 import urllib.parse
+import warnings
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from typing import Any
 
@@ -203,7 +204,9 @@ class LlmJudge:
         def next_verdict() -> Verdict:
             first = under_way.popleft()
             concurrent.futures.wait((first, stopped), return_when="FIRST_COMPLETED")
-            return (first if first.done() else stopped).result()
+            # What was answered comes before the error that ended the evaluation.
+            answered = first.done() and first.exception() is None
+            return (first if answered else stopped).result()
 
         with contextlib.closing(ReplyCache(self.cache)) as replies:
             questions = _Questions(self, replies, stopped)
@@ -354,7 +357,10 @@ class _Questions:
         others = asyncio.all_tasks() - {asyncio.current_task()}
         for task in others:
             task.cancel()
-        await asyncio.gather(*others, return_exceptions=True)
+        with warnings.catch_warnings():
+            # anyio's, of a connection that is called off before it begins.
+            warnings.filterwarnings("ignore", "coroutine 'connect_tcp", RuntimeWarning)
+            await asyncio.gather(*others, return_exceptions=True)
         await self.client.aclose()
 
     async def verdict(self, comparison: Comparison) -> Verdict:

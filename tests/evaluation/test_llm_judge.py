@@ -31,6 +31,9 @@ from dro_jax.evaluation.llm_judge import (
     render,
 )
 
+# anyio does so with a connection that is called off before it begins.
+pytestmark = pytest.mark.filterwarnings("ignore:coroutine 'connect_tcp.*was never awaited")
+
 KEY = "sk-planted-Zq7vL0tM9xKe"
 
 
@@ -357,7 +360,9 @@ def test_a_question_that_is_never_answered_is_given_up_and_the_others_judged(mak
         broken = False
         before = len(server.requests)
         assert winners(make_judge(server)(comparisons(9))) == EXPECTED * 3
-        assert len(server.requests) == before + 2
+        again = server.questions[before:]
+        assert len(set(again)) == 2
+        assert all("Prompt 3?" in question for question in again)
 
 
 def test_questions_given_up_here_and_there_end_nothing(make_judge):
@@ -390,7 +395,8 @@ def test_an_endpoint_that_is_not_there(make_judge):
     assert message.startswith(f"{url}/chat/completions: ")
     assert "3 times; check OPENAI_BASE_URL" in message
     assert len(message.splitlines()) == 1
-    assert 3 <= judge.usage.requests <= 3 * 10
+    # Of 120 that there might be: eight at a time, and those that begin while it ends.
+    assert 3 <= judge.usage.requests <= 3 * 20
 
 
 def test_an_endpoint_that_is_no_longer_there_ends_the_evaluation(make_judge):
