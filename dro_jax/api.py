@@ -28,7 +28,7 @@ from dro_jax.cli.generate import (
     model_of,
     vocabulary_file_of,
 )
-from dro_jax.cli.run_folder import make_directory
+from dro_jax.cli.run_folder import make_directory, write_whole
 from dro_jax.errors import UsageError
 from dro_jax.evaluation.report import Report
 from dro_jax.training import checkpoints
@@ -190,8 +190,5 @@ def _write_rows(place: epath.Path, rows: Iterable[Mapping[str, Any]]) -> str:
             return value.item()
         raise UsageError(f"feedback: {value!r} is neither text nor a number")
 
-    text = "".join(json.dumps(row, default=plain) + "\n" for row in rows)
-    partial = place.parent / f"{place.name}.partial"
-    partial.write_text(text)
-    partial.replace(place)
+    write_whole(place, "".join(json.dumps(row, default=plain) + "\n" for row in rows))
     return str(place)

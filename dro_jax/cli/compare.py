@@ -30,7 +30,7 @@ from dro_jax.cli.generate import (
     read_prompts,
 )
 from dro_jax.cli.judging import load_judge
-from dro_jax.cli.run_folder import REFERENCE, make_directory
+from dro_jax.cli.run_folder import REFERENCE, make_directory, write_whole
 from dro_jax.data.packing import Example, packed_batches
 from dro_jax.data.vocabulary import encode_prompt
 from dro_jax.errors import UsageError, check_number
@@ -203,10 +203,10 @@ def run(
         ],
         verdicts,
     )
-    write(directory / "verdicts.jsonl", verdict_lines(made))
-    write(directory / "report.json", json.dumps(reports.to_json(made), indent=2) + "\n")
-    write(directory / "report.md", reports.to_markdown(made))
-    write(directory / "report.html", to_html(made))
+    write_whole(directory / "verdicts.jsonl", verdict_lines(made))
+    write_whole(directory / "report.json", json.dumps(reports.to_json(made), indent=2) + "\n")
+    write_whole(directory / "report.md", reports.to_markdown(made))
+    write_whole(directory / "report.html", to_html(made))
     show(made, directory)
     return made
 
@@ -435,7 +435,7 @@ def sample_rest(
 
 def write_rows(path: epath.Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes a file of completions, whole or not at all."""
-    write(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    write_whole(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
 def log_ratios(
@@ -583,13 +583,6 @@ def verdict_lines(report: reports.Report) -> str:
             }
             lines.append(json.dumps(row, ensure_ascii=False) + "\n")
     return "".join(lines)
-
-
-def write(path: epath.Path, text: str) -> None:
-    """Writes a file beside its place and moves it there, so that an interruption leaves no half file."""
-    partial = path.parent / f"{path.name}.partial"
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def show(report: reports.Report, directory: epath.Path) -> None:

@@ -27,6 +27,13 @@ def make_directory(directory: epath.Path) -> None:
         ) from error
 
 
+def write_whole(path: epath.Path, text: str) -> None:
+    """Writes a file beside its place and moves it there, so that an interruption leaves no half file."""
+    partial = path.parent / f"{path.name}.partial"
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
 def vocabulary_digest(vocabulary_file: str | None) -> str:
     """What identifies a vocabulary: "bytes", or the SHA-256 of the SentencePiece model."""
     if vocabulary_file is None:

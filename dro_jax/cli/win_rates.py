@@ -12,7 +12,7 @@ from etils import epath
 
 from dro_jax.cli.generate import Policy, complete
 from dro_jax.cli.judging import load_judge
-from dro_jax.cli.run_folder import make_directory
+from dro_jax.cli.run_folder import make_directory, write_whole
 from dro_jax.data.feedback import FeedbackFile, read_feedback
 from dro_jax.errors import UsageError, check_number
 from dro_jax.evaluation.judges import Comparison, Judge
@@ -153,9 +153,7 @@ def against_reference(
             {"prompt": prompt, "completion": text}
             for prompt, text in zip(jury.prompts, texts, strict=True)
         ]
-        partial = folder / f"{place.name}.partial"
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        partial.replace(place)
+        write_whole(place, "".join(json.dumps(row) + "\n" for row in rows))
         return texts
 
     of_reference = answers(reference, "reference", settings.seed)
