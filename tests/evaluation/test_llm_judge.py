@@ -722,7 +722,14 @@ except KeyboardInterrupt:
 
 
 def start(server, cache, count, program=PROGRAM):
-    arguments = [sys.executable, "-c", HEED_CTRL_C + program, server.base_url, str(cache), str(count)]
+    arguments = [
+        sys.executable,
+        "-c",
+        HEED_CTRL_C + program,
+        server.base_url,
+        str(cache),
+        str(count),
+    ]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     environment = os.environ | {"OPENAI_API_KEY": KEY}
     return subprocess.Popen(arguments, text=True, env=environment, **pipes)
