@@ -163,13 +163,22 @@ def run(
 
 
 def split_prompts() -> dict[str, list[str]]:
-    """The prompts of the feedback files, with their validation part, and the test prompts, which no file has."""
-    sides: dict[str, list[str]] = {"asked": [], "test": []}
-    for prompt in demonstration.prompts():
-        test = split_of(f"test {prompt}", TEST_FRACTION) == "validation"
-        sides["test" if test else "asked"].append(prompt)
-    _, sides["validation"] = demonstration.split_prompts(sides["asked"], demo.VALIDATION_FRACTION)
-    return sides
+    """The prompts of the feedback files, with their validation part, and the test prompts, which no file has.
+
+    Validation prompts are those that `dro_jax demo` holds out, on which its settings, which are these arms' too, were
+    looked at. So no test prompt is among them.
+    """
+    trained, held_out = demonstration.split_prompts(
+        demonstration.prompts(), demo.VALIDATION_FRACTION
+    )
+    test = {
+        prompt for prompt in trained if split_of(f"test {prompt}", TEST_FRACTION) == "validation"
+    }
+    return {
+        "asked": [prompt for prompt in demonstration.prompts() if prompt not in test],
+        "validation": held_out,
+        "test": sorted(test),
+    }
 
 
 def data_file(directory: epath.Path, seed: int) -> epath.Path:
