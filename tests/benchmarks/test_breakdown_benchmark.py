@@ -40,6 +40,8 @@ def test_every_part_has_a_time_and_a_share_of_the_ceiling(tmp_path):
 
 
 def test_operations_of_real_tokens_are_those_of_each_example_alone(monkeypatch):
+    # A file's rows may all be longer than the cut, and nothing be padding.
+    monkeypatch.delenv("DRO_JAX_FEEDBACK_FILE", raising=False)
     monkeypatch.syspath_prepend(running.BENCHMARKS)
     import breakdown
     import workloads

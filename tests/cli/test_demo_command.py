@@ -1,10 +1,11 @@
-"""`dro_jax demo` as a whole, with its trainings cut to a few steps."""
+"""`dro_jax demo` as a whole, on a tenth of its prompts and with its trainings cut to a few steps."""
 
 import json
 
 import pytest
 
 from dro_jax.cli import demo
+from dro_jax.data import demonstration
 
 NUMBERS = {
     "win_rate",
@@ -21,11 +22,14 @@ NUMBERS = {
 
 @pytest.fixture
 def short_demo(command, monkeypatch):
-    """The command, with two steps of SFT and of the algorithm."""
-    original = demo.train_from
+    """The command, with two steps of SFT and of the algorithm, and every tenth prompt."""
+    original, some = demo.train_from, demonstration.prompts()[::10]
     monkeypatch.setattr(
-        demo, "train_from", lambda files, **macros: original(files, TRAIN_STEPS=2, **macros)
+        demo,
+        "train_from",
+        lambda files, **macros: original(files, TRAIN_STEPS=2, BATCH_SIZE=8, **macros),
     )
+    monkeypatch.setattr(demonstration, "prompts", lambda: some)
     return command
 
 

@@ -132,18 +132,18 @@ def test_one_then_two_then_one_process_are_given_what_one_alone_is(work):
 @pytest.mark.parametrize(
     ("blow", "codes", "line"),
     [
-        (signal.SIGSTOP, (70,), "dro_jax: nothing has happened for 25 seconds: ended; the same"),
+        (signal.SIGSTOP, (70,), "dro_jax: nothing has happened for 45 seconds: ended; the same"),
         (signal.SIGKILL, (1, 70, -signal.SIGABRT), "dro_jax: "),
     ],
 )
 def test_a_process_that_hangs_or_dies_ends_the_others_soon(blow, codes, line, work):
     folder = work / f"hit-{int(blow)}"
-    pair = Pair(work, folder, "--gin.train.train.stall_seconds=25", "--gin.TRAIN_STEPS=100000")
+    pair = Pair(work, folder, "--gin.train.train.stall_seconds=45", "--gin.TRAIN_STEPS=100000")
     pair.wait_for("step 12/")
     pair.processes[1].send_signal(blow)
     began = time.monotonic()
-    assert pair.processes[0].wait(60) in codes, pair.text()
-    assert time.monotonic() - began < 55
+    assert pair.processes[0].wait(100) in codes, pair.text()
+    assert time.monotonic() - began < 90
     assert line in pair.text()
     pair.processes[1].kill()
     pair.processes[1].wait()
