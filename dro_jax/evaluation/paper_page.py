@@ -87,6 +87,8 @@ def headline(findings: Findings) -> str:
         ]
         if shares:
             parts.append(f"{', '.join(shares)} with the {model} model")
+    if not parts:
+        return "Neither DRO-V nor KTO nor DRO-P is among the runs."
     return (
         f"Of the reward that any policy can gain at its KL from SFT: {'; '.join(parts)}. Mass is the probability of "
         "the answers."
@@ -101,6 +103,7 @@ def sections(findings: Findings, setting: Setting) -> list[Section]:
         if any(arm in findings.points for arm in experiment.paper)
     ]
     matrix = list(matrix_orders(findings))
+    missing = [f"{run} is missing: {problem}" for run, problem in setting.failures.items()]
     every = {f"{e.title} ({e.source})": found for e, found in compared}
     return [
         _summary(findings, every | {"All against all (figure 6)": matrix}),
@@ -109,7 +112,7 @@ def sections(findings: Findings, setting: Setting) -> list[Section]:
         *(_experiment(findings, experiment, found) for experiment, found in compared),
         *([_matrix(findings, matrix)] if matrix else []),
         Section("What differs from the paper", items=_differences(setting)),
-        Section("How to read this", items=[*READING, *_failures(setting)]),
+        Section("How to read this", items=[*READING, *missing]),
     ]
 
 
@@ -328,7 +331,7 @@ def _matrix(findings: Findings, found: Sequence[Order]) -> Section:
             for column in shown
         ]
         rows.append([row, *cells])
-    pairs = _pairs([order for order in found])
+    pairs = _pairs(found)
     each = Table(pairs.columns[:-1], [row[:-1] for row in pairs.rows], pairs.words)
     return Section(
         "All against all (figure 6)",
@@ -371,10 +374,6 @@ READING = (
     "compared with V* less τ log of the mass, which is what they fix. `dro_jax demo` prints the KL from SFT in that "
     "way too, so that it is less there.",
 )
-
-
-def _failures(setting: Setting) -> list[str]:
-    return [f"{name} is missing: {problem}" for name, problem in setting.failures.items()]
 
 
 def _all_arms(findings: Findings) -> Iterator[tuple[str, list[Point]]]:
@@ -456,7 +455,9 @@ def to_html(findings: Findings, setting: Setting) -> str:
     }
     parts = {
         "style": files.joinpath("page.css").read_text(encoding="utf-8"),
-        "headline": html.escape(headline(findings)),
+        "headline": html.escape(headline(findings))
+        .replace("DRO-", "DRO&#8209;")
+        .replace(" ± ", "&nbsp;±&nbsp;"),
         "facts": "".join(
             f"<div><dt>{name}</dt><dd>{html.escape(fact)}</dd></div>"
             for name, fact in facts.items()

@@ -1,5 +1,6 @@
 """The page of `dro_jax paper`: what is in it, that it loads nothing, and what a browser makes of it."""
 
+import html
 import json
 import re
 
@@ -58,7 +59,8 @@ def test_the_headline_is_the_distance_to_the_frontier_with_the_mass_beside(findi
     assert "KTO" in told[0]
     assert told[0].count("DRO-V") == 2
     assert told[0] in text
-    assert told[0] in page
+    shown = html.unescape(re.search(r'class="headline">(.*?)</p>', page)[1])
+    assert shown.replace("\u2011", "-").replace("\u00a0", " ") == told[0]
 
 
 def test_every_number_stands_beside_the_paper_s(findings, written):
