@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
 from dro_jax.evaluation import charts
+from dro_jax.evaluation.enumeration import Frontier
 from dro_jax.evaluation.experiments import LARGER, MODELS, Findings, Point, size_of
 
 GROUPS = {
@@ -25,20 +26,19 @@ GROUPS = {
 
 def planes(findings: Findings, size: str) -> Iterator[tuple[str, str]]:
     """Captions and charts: reward, and win rate, over the distance from the reference."""
-    quantities: list[tuple[str, str, Callable[[Point], float], str, float]] = [
+    quantities: list[tuple[str, str, Callable[[Point], float], Callable[[Frontier, float], float]]]
+    quantities = [
         (
             "Reward gained and distance from SFT",
             "reward gained over SFT",
-            lambda p: p.gain,
-            "gain",
-            1,
+            lambda point: point.gain,
+            lambda best, kl: best.at(kl)[0],
         ),
         (
             "Win rate and distance from SFT",
             "win rate over SFT, %",
-            lambda p: 100 * p.win_rate,
-            "win_rate",
-            100,
+            lambda point: 100 * point.win_rate,
+            lambda best, kl: 100 * best.at(kl)[1],
         ),
     ]
     arms = {
@@ -47,17 +47,15 @@ def planes(findings: Findings, size: str) -> Iterator[tuple[str, str]]:
         if size_of(arm) == size
     }
     furthest = 1.15 * max(point.kl for points in arms.values() for point in points)
-    for title, label, value, name, scale in quantities:
+    distances = furthest * np.linspace(0, 1, 101) ** 2
+    for title, label, value, optimum in quantities:
         with mpl.rc_context(charts.STYLE):
             figure = Figure((charts.WIDTH, 4.4))
             axes = figure.add_subplot()
             for k, best in enumerate(findings.frontiers[size].values()):
-                # Past its last optimum there is nothing more to gain.
-                kl, optimum = (np.append(line, line[-1]) for line in (best.kl, getattr(best, name)))
-                kl[-1] = max(kl[-1], furthest)
                 axes.plot(
-                    kl,
-                    scale * optimum,
+                    distances,
+                    [optimum(best, kl) for kl in distances],
                     color=charts.TEXT,
                     linewidth=0.8,
                     alpha=0.7,
@@ -81,7 +79,8 @@ def planes(findings: Findings, size: str) -> Iterator[tuple[str, str]]:
             # On it the frontier is nearly straight, and what is near to SFT does not crowd.
             axes.set_xscale("function", functions=(lambda x: np.sqrt(np.abs(x)), np.square))
             axes.set_xlim(0, furthest)
-            axes.set_xticks([x for x in (0, 0.05, 0.2, 0.5, 1, 2, 4, 8) if x <= furthest])
+            ticks = [float(f"{furthest * (k / 4) ** 2:.1g}") for k in range(5)]
+            axes.set_xticks([x for x in ticks if x <= furthest])
             axes.xaxis.set_major_formatter("{x:g}")
             axes.set_xlabel("KL from SFT, nats (scale of its square root)")
             axes.set_ylabel(label)
