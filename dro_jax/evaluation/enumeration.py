@@ -96,11 +96,32 @@ def win_rate(log_p: Float, log_q: Float, score: Float) -> Float:
 
 def with_the_rest(log_prob: Float) -> Float:
     """Adds to a policy's log-probabilities [P, A] that of everything that is no answer: [P, A + 1], normalised."""
-    mass = np.minimum(np.exp(log_mass(log_prob)), 1.0)
-    with np.errstate(divide="ignore"):
-        rest = np.log1p(-mass)
-    # A mass of one to the last digit leaves nothing to normalise.
-    return renormalise(np.concatenate([_float64(log_prob), rest[:, None]], axis=1))
+    mass = np.exp(log_mass(log_prob))
+    # Log-probabilities in float32 do not say how much less than their precision is left.
+    rest = np.maximum(1.0 - mass, np.finfo(np.float32).eps)
+    return renormalise(np.concatenate([_float64(log_prob), np.log(rest)[:, None]], axis=1))
+
+
+def everything(scores: AnswerScores, rest_reward: Float) -> AnswerScores:
+    """Adds what is no answer as one more, so that probabilities add up to one.
+
+    A divergence on that is at most the one over all texts, and a mean reward is that over all texts, if what is no
+    answer has one reward. So no policy, whatever it says, has more reward than the frontier there.
+
+    Args:
+      scores: of A answers.
+      rest_reward: r of a text that is no answer, [P].
+
+    Returns:
+      The same of A + 1; the last one's score is below the others'.
+    """
+    return AnswerScores(
+        policy_log_prob=with_the_rest(scores.policy_log_prob),
+        reference_log_prob=with_the_rest(scores.reference_log_prob),
+        value=scores.value,
+        reward=np.concatenate([_float64(scores.reward), rest_reward[:, None]], axis=1),
+        score=_with_lowest(scores.score),
+    )
 
 
 def head_to_head(log_prob: Float, other_log_prob: Float, score: Float) -> float:
@@ -114,8 +135,7 @@ def head_to_head(log_prob: Float, other_log_prob: Float, score: Float) -> float:
     Returns:
       A probability; ties count half.
     """
-    scored = np.concatenate([_float64(score), score.min(axis=1, keepdims=True) - 1.0], axis=1)
-    wins = win_rate(with_the_rest(log_prob), with_the_rest(other_log_prob), scored)
+    wins = win_rate(with_the_rest(log_prob), with_the_rest(other_log_prob), _with_lowest(score))
     return float(wins.mean())
 
 
@@ -135,9 +155,11 @@ class Frontier:
     gain: Float
     win_rate: Float
 
-    def gain_at(self, kl: float) -> float:
-        """The most that a policy can gain at a divergence from the reference, in nats."""
-        return float(np.interp(kl, self.kl, self.gain))
+    def at(self, kl: float) -> tuple[float, float]:
+        """The most that a policy can gain at a divergence from the reference, in nats, and that optimum's win rate."""
+        kls = np.append(0.0, self.kl)
+        gain, wins = np.append(0.0, self.gain), np.append(0.5, self.win_rate)
+        return float(np.interp(kl, kls, gain)), float(np.interp(kl, kls, wins))
 
 
 def frontier(reference_log_prob: Float, reward: Float, score: Float, tau: Float) -> Frontier:
@@ -222,6 +244,10 @@ def distance_to_optimum(scores: AnswerScores, tau: float) -> Distance:
         reference_mass=float(np.exp(log_mass(scores.reference_log_prob)).mean()),
         policy_mass=float(np.exp(log_mass(scores.policy_log_prob)).mean()),
     )
+
+
+def _with_lowest(score: Float) -> Float:
+    return np.concatenate([_float64(score), score.min(axis=1, keepdims=True) - 1.0], axis=1)
 
 
 def _float64(x: Float) -> Float:

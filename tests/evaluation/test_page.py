@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from browser import CHROMIUM, look
 from made_up import HOSTILE, made_up
+from seen import contrast, farthest, region
 
 from dro_jax.evaluation import charts
 from dro_jax.evaluation.page import to_html
@@ -275,28 +276,6 @@ def test_everything_is_drawn_and_legible(seen):
         text = region(pixels, left, top, right, bottom)
         assert contrast(surface, farthest(text, surface)) > 7
         assert (np.abs(text - surface).max(axis=2) > 100).sum() > 200
-
-
-def region(pixels, left, top, right, bottom):
-    return pixels[round(top) : round(bottom), round(left) : round(right)]
-
-
-def farthest(part, colour):
-    """The colour of a part that differs most from one."""
-    flat = part.reshape(-1, 3)
-    return flat[np.abs(flat - colour).sum(axis=1).argmax()]
-
-
-def contrast(one, other):
-    """WCAG's contrast ratio."""
-
-    def luminance(colour):
-        c = np.asarray(colour) / 255
-        linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
-        return linear @ [0.2126, 0.7152, 0.0722]
-
-    dark, light = sorted((luminance(one), luminance(other)))
-    return (light + 0.05) / (dark + 0.05)
 
 
 @in_browser
