@@ -382,6 +382,8 @@ def train_all(
       Runs as they end, with what the last line of one that failed says. Closed early, it stops the others.
     """
     make_directory(directory / "logs")
+    # Where there are fewer runs each has more cores.
+    jobs = min(jobs, len(runs))
     waiting, running = list(runs), dict[int, tuple[Run, subprocess.Popen[bytes]]]()
     asked = False
     try:

@@ -351,10 +351,9 @@ def _differences(setting: Setting) -> list[str]:
         "Win rates are exact, by the true score. The paper samples an answer a prompt and asks a language model.",
         "± is the half of a 95% t interval over seeds, each with its own data, reference and order. The paper's ± is "
         "the standard deviation over five folds of prompts, of one training.",
-        "Hyper-parameters are those of `dro_jax demo`. They were set for DRO-V while its held-out prompts were looked "
-        "at, and about nine tenths of the test prompts here are among the demo's training prompts. No run here was "
-        "trained or chosen on a test prompt, but steps and rates are not blind to this task, and nobody set them for "
-        "KTO or DRO-P.",
+        "Hyper-parameters are those of `dro_jax demo`, set for DRO-V while the prompts were looked at that are the "
+        "validation prompts here; nobody set them for KTO or DRO-P. No test prompt is among those, and no run here was "
+        "trained or chosen on one.",
         "KTO's τ is chosen of three on validation prompts; DRO-V's stays at 1, as in the paper.",
         *(f"Every training had {binding}." for binding in setting.bindings),
     ]
