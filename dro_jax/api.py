@@ -10,7 +10,6 @@ Everything between the calls lies on disk, so that the commands can take over at
 repeated goes on where it was interrupted. Mistakes raise `dro_jax.errors.UsageError`.
 """
 
-import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -82,16 +81,16 @@ def train(
         feedback = _write_rows(epath.Path(folder) / FEEDBACK, _rows(feedback))
     directory, step = checkpoints.find(model)
     meta = checkpoints.read_meta(directory, step)
-    shape = dataclasses.asdict(model_of(meta))
-    del shape["reserved_entry"]  # It follows from the method.
-    macros = {
+    shape = convert.model_bindings(model_of(meta))
+    macros: dict[str, Any] = {
         "FEEDBACK_FILE": feedback,
         "MODEL_DIR": folder,
         "INIT_CHECKPOINT": model,
         "VOCABULARY_FILE": vocabulary_file_of(directory, meta),
     }
-    bindings = [f"{name} = {value!r}" for name, value in (macros | settings).items()]
-    bindings += [f"t5.T5Config.{name} = {value!r}" for name, value in shape.items()]
+    # What the caller asks for comes last, and so holds.
+    macros |= {f"t5.T5Config.{name}": value for name, value in shape.items()} | settings
+    bindings = [f"{name} = {value!r}" for name, value in macros.items()]
     configuration.load(
         ["runs/train.gin", "models/t5_1_1_small.gin", f"algorithms/{algorithm}.gin"], bindings
     )

@@ -1,5 +1,6 @@
 """The five lines of the README, on a model that transformers wrote."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 from dro_jax import api
+from dro_jax.cli import configuration, convert
+from dro_jax.cli import train as train_command
 from dro_jax.errors import UsageError
 
 HERE = Path(__file__).parent
@@ -82,3 +85,26 @@ def test_rows_may_be_columns_and_labels_of_numpy(tmp_path):
 def test_columns_of_different_lengths():
     with pytest.raises(UsageError, match="different lengths"):
         api._rows({"prompt": ["a"], "completion": ["b", "c"]})
+
+
+@pytest.fixture
+def bound(tmp_path, monkeypatch):
+    """What `train` binds the training to, which does not take place."""
+    monkeypatch.setattr(configuration, "bound", lambda function: lambda: None)
+    base = api.load(str(GOLDEN), str(tmp_path / "base"))
+
+    def run(feedback, **settings):
+        api.train(feedback, base, str(tmp_path / "run"), **settings)
+        return configuration.arguments(train_command.train)
+
+    return run
+
+
+def test_a_deep_model_is_scanned_unless_the_caller_says_otherwise(bound, monkeypatch):
+    shallow = bound("rows.jsonl")["model"]
+    assert (shallow.scan_layers, shallow.remat) == (False, "none")
+    monkeypatch.setattr(convert, "_LARGE", shallow.num_encoder_layers + shallow.num_decoder_layers)
+    deep = bound("rows.jsonl")["model"]
+    assert deep == dataclasses.replace(shallow, scan_layers=True, remat="dots")
+    asked = bound("rows.jsonl", **{"t5.T5Config.remat": "full", "t5.T5Config.logits_chunk": 4})
+    assert asked["model"] == dataclasses.replace(deep, remat="full", logits_chunk=4)

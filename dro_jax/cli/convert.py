@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from etils import epath
 
@@ -71,6 +72,10 @@ def run(
             f"{source}: no such folder; give a Hugging Face model, its name on the hub as in google/flan-t5-small, "
             "a T5X checkpoint, or a run"
         )
+    if folder.is_file() and folder.name != t5x_checkpoints.MSGPACK:
+        pickled = folder.suffix in (".bin", ".ckpt", ".pt", ".pth")
+        what = huggingface.PICKLE if pickled else "is a file; give the folder that the model is in"
+        raise UsageError(f"{source}: {what}")
     of_huggingface = (folder / huggingface.CONFIG).exists()
     of_t5x = None if of_huggingface else t5x_checkpoints.find(folder)
     if output_format is not None and (of_huggingface or of_t5x):
@@ -164,6 +169,16 @@ def import_t5x(
       UsageError: if a file is missing or damaged, the model is not a T5, or the vocabulary is not its own.
     """
     model = t5x_checkpoints.open_model(path)
+    taken, told = model.config.mlp_activations, t5x_checkpoints.activations(path)
+    if told is None and len(taken) > 1:
+        logger.warning(
+            "%s: its feed-forward layers are taken to be of gated GELU; no config.gin beside it tells",
+            path,
+        )
+    if told not in (None, taken):
+        raise UsageError(
+            f"{path}: has mlp_activations {told} by its config.gin; what converts has ('gelu', 'linear') or ('relu',)"
+        )
     vocab_size = model.config.vocab_size
     if vocabulary_file is None and vocab_size > _BYTES:
         raise UsageError(
@@ -216,9 +231,6 @@ def gin_file(config: T5Config, directory: epath.Path, has_vocabulary: bool) -> s
       directory: where its checkpoint is.
       has_vocabulary: whether `VOCABULARY` lies beside it.
     """
-    large = config.num_encoder_layers + config.num_decoder_layers >= _LARGE
-    config = dataclasses.replace(config, scan_layers=large, remat="dots" if large else "none")
-    fields = {k: v for k, v in vars(config).items() if k != "reserved_entry"}
     where = _absolute(directory)
     return "\n".join(
         (
@@ -232,10 +244,18 @@ def gin_file(config: T5Config, directory: epath.Path, has_vocabulary: bool) -> s
             "MODEL = @t5.T5Config()",
             "",
             "t5.T5Config:",
-            *(f"  {name} = {value!r}" for name, value in fields.items()),
+            *(f"  {name} = {value!r}" for name, value in model_bindings(config).items()),
             "",
         )
     )
+
+
+def model_bindings(config: T5Config) -> dict[str, Any]:
+    """What a run binds T5Config to for a model: a deep one scans and rematerialises, as the shipped ones do."""
+    large = config.num_encoder_layers + config.num_decoder_layers >= _LARGE
+    config = dataclasses.replace(config, scan_layers=large, remat="dots" if large else "none")
+    # The reserved entry follows from the method.
+    return {name: value for name, value in vars(config).items() if name != "reserved_entry"}
 
 
 def _absolute(path: epath.Path) -> str:
@@ -276,7 +296,7 @@ def export_run(directory: epath.Path, step: int, folder: epath.Path) -> None:
         generation["use_cache"] = False
     huggingface.write_json(folder / huggingface.CONFIG, described)
     huggingface.write_json(folder / "generation_config.json", generation)
-    tokenizer_files.write_tokenizer(folder, vocabulary_file)
+    tokenizer_files.write_tokenizer(folder, vocabulary_file, config.vocab_size)
     _export_item(directory, step, folder, config, value=False)
     if "value" in meta["checksums"]:
         (folder / VALUE).mkdir()

@@ -57,15 +57,19 @@ def find_vocabulary(folder: epath.Path, config: Mapping[str, Any]) -> str | None
     return path
 
 
-def write_tokenizer(folder: epath.Path, vocabulary_file: str | None) -> None:
+def write_tokenizer(folder: epath.Path, vocabulary_file: str | None, vocab_size: int) -> None:
     """Writes what AutoTokenizer reads as this vocabulary, with the same ids.
 
     Args:
       folder: where to.
       vocabulary_file: a SentencePiece model, None for bytes.
+      vocab_size: entries of the model's table.
     """
     if vocabulary_file is None:
-        write_json(folder / TOKENIZER_CONFIG, {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0})
+        # transformers cannot decode an entry without a name; ByT5's 125 beside the bytes are sentinels.
+        extra_ids = vocab_size - load_vocabulary(None).vocab_size
+        described = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": extra_ids}
+        write_json(folder / TOKENIZER_CONFIG, described)
         return
     pieces = load_vocabulary(vocabulary_file).tokenizer
     ids = {"pad_token": pieces.pad_id(), "eos_token": pieces.eos_id(), "unk_token": pieces.unk_id()}

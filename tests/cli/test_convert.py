@@ -70,6 +70,10 @@ def test_there_and_back_bit_for_bit(converted, name):
     assert spiece.exists() == (back / "spiece.model").exists() == (name != "byt5")
     if spiece.exists():
         assert spiece.read_bytes() == (back / "spiece.model").read_bytes()
+    else:
+        added = read_json(GOLDEN / name / "tokenizer_config.json")["added_tokens_decoder"]
+        sentinels = [token for token in added.values() if "<extra_id_" in token["content"]]
+        assert read_json(back / "tokenizer_config.json")["extra_ids"] == len(sentinels) == 125
     assert not (back / "value").exists()
 
 
@@ -246,7 +250,7 @@ def test_a_single_net_s_entry_is_suppressed(single_net_run, converted):
     assert generation["suppress_tokens"] == [263]
     assert generation["use_cache"] is False
     described = read_json(back / "tokenizer_config.json")
-    assert described == {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0}
+    assert described == {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 5}
 
 
 def parameters(run):
@@ -327,6 +331,7 @@ def test_transformers_computes_the_same_with_an_aligned_run(aligned, compared):
     assert found["values"] <= TOLERANCE
     assert found["greedy"]
     assert found["token_ids"]
+    assert found["undecodable"] == []
     assert not found["tied"]
     assert found["dtype"] == "torch.float32"
     assert (found["max_new_tokens"], found["suppressed"]) == (7, None)
@@ -339,6 +344,13 @@ def test_transformers_computes_the_same_with_a_single_net(single_net_run, compar
     assert found["greedy"]
     assert found["token_ids"]
     assert found["suppressed"] == [263]
+    assert found["undecodable"] == []
+
+
+def test_transformers_decodes_every_entry_of_byt5_s_table(converted, compared):
+    found = compared(converted(GOLDEN / "byt5", "run"))
+    assert (found["undecodable"], found["token_ids"]) == ([], True)
+    assert found["logits"] <= TOLERANCE
 
 
 def test_transformers_computes_the_same_with_tied_logits(converted, compared):

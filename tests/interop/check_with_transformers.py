@@ -38,6 +38,12 @@ def compare(folder: Path, expected: dict[str, np.ndarray]) -> dict[str, object]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer([str(text) for text in expected["texts"]]).input_ids
     wanted = [[i for i in row if i] for row in expected["token_ids"].tolist()]
+    undecodable = []
+    for entry in range(model.config.vocab_size):
+        try:
+            tokenizer.decode([entry])
+        except ValueError:
+            undecodable.append(entry)
     result = {
         "transformers": transformers.__version__,
         "dtype": str(model.dtype),
@@ -45,6 +51,7 @@ def compare(folder: Path, expected: dict[str, np.ndarray]) -> dict[str, object]:
         "logits": difference(model(**inputs, decoder_input_ids=decoder_tokens).logits),
         "greedy": bool(np.array_equal(greedy, expected["greedy"])),
         "token_ids": ids == wanted,
+        "undecodable": undecodable,
         "max_new_tokens": model.generation_config.max_new_tokens,
         "suppressed": model.generation_config.suppress_tokens,
     }

@@ -40,13 +40,14 @@ def test_the_same_ids(golden):
 
 def test_what_is_written_is_found_again(golden, tmp_path):
     path = found(golden.folder)
-    tokenizer_files.write_tokenizer(epath.Path(tmp_path), path)
+    size = huggingface.read_config(epath.Path(golden.folder))["vocab_size"]
+    tokenizer_files.write_tokenizer(epath.Path(tmp_path), path, size)
     shutil.copy(golden.folder / "config.json", tmp_path)
     again = found(tmp_path)
     assert (again is None) == (path is None)
     described = json.loads((tmp_path / "tokenizer_config.json").read_text())
     if path is None:
-        assert described == {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0}
+        assert described == {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125}
     else:
         assert epath.Path(again).read_bytes() == epath.Path(path).read_bytes()
         names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
@@ -67,7 +68,7 @@ def test_other_numbers_than_t5_s_are_warned_of(tmp_path, caplog):
         eos_piece="[END]",
         minloglevel=2,
     )
-    tokenizer_files.write_tokenizer(epath.Path(tmp_path), str(tmp_path / "other.model"))
+    tokenizer_files.write_tokenizer(epath.Path(tmp_path), str(tmp_path / "other.model"), 128)
     assert "here they are [0, 2, 1]" in caplog.text
     described = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert described["eos_token"] == "[END]"
