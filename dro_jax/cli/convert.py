@@ -32,6 +32,9 @@ GIN_FILE = "model.gin"
 VALUE = "value"
 """Names inside the folder that is written."""
 
+PARTIAL = ".partial-of-dro_jax-convert"
+"""Ending of the folder that becomes the target; what an interruption left under this name is removed."""
+
 LENGTHS = {"inputs": 512, "targets": 512}
 """At which T5 was trained and `runs/train.gin` cuts: what `dro_jax generate` takes for a model without a run."""
 
@@ -115,7 +118,7 @@ def run(
 @contextlib.contextmanager
 def _whole(goal: epath.Path) -> Iterator[epath.Path]:
     """A folder beside the goal that takes its place in the end, so that nothing half-written is ever there."""
-    partial = goal.parent / f"{goal.name}.partial"
+    partial = goal.parent / f"{goal.name}{PARTIAL}"
     try:
         if partial.exists():
             partial.rmtree()

@@ -289,7 +289,7 @@ def read_json(path: epath.Path) -> Json:
     """Reads a JSON object. Raises UsageError if there is none."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: cannot be read as JSON ({error}); get it again") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}: is JSON but no object; get it again")

@@ -36,7 +36,7 @@ def converted(command, tmp_path):
     def run(source, name):
         result = command("convert", f"--from={source}", f"--to={tmp_path / name}")
         assert (result.code, result.err) == (0, "")
-        assert sorted(path.name for path in tmp_path.iterdir() if "partial" in path.name) == []
+        assert not (tmp_path / f"{name}{convert.PARTIAL}").exists()
         return tmp_path / name
 
     return run
@@ -407,6 +407,17 @@ def test_target_that_is_taken(refused, copied, tmp_path):
     (tmp_path / "file").write_text("")
     assert "is there already" in refused(folder, "file")
     assert refused(folder, "file/below").startswith(f"{tmp_path / 'file/below'}: cannot be written")
+
+
+def test_only_what_a_conversion_left_is_removed(converted, tmp_path):
+    (tmp_path / f"run{convert.PARTIAL}").mkdir()
+    (tmp_path / f"run{convert.PARTIAL}" / "half").write_text("")
+    (tmp_path / "run.partial").mkdir()
+    (tmp_path / "run.partial" / "mine").write_text("")
+    run = converted(GOLDEN / "byt5", "run")
+    assert not (run / "half").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.partial"]
+    assert (tmp_path / "run.partial" / "mine").exists()
 
 
 def test_empty_target(converted, tmp_path):

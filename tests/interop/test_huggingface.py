@@ -183,6 +183,8 @@ def test_config_that_is_no_json(copied):
     folder = copied("v1_1")
     (folder / "config.json").write_text("{")
     assert "config.json: cannot be read as JSON" in refusal(folder)
+    (folder / "config.json").write_text('{"a":' * 10**5)
+    assert "config.json: cannot be read as JSON" in refusal(folder)
     (folder / "config.json").write_text("[]")
     assert "config.json: is JSON but no object" in refusal(folder)
 

@@ -218,6 +218,16 @@ def test_another_size_is_told_with_both_shapes(unpacked):
     assert "bias" not in message
 
 
+def test_no_heads_are_refused(unpacked):
+    folder = unpacked("v1_1_msgpack")
+
+    def empty(target):
+        target["encoder"]["relpos_bias"]["rel_embedding"] = np.zeros((0, 32), np.float32)
+
+    edit(folder, empty)
+    assert "T5Config.num_heads is 0" in refusal(folder)
+
+
 def test_another_model_is_no_t5(unpacked):
     folder = unpacked("v1_1_msgpack")
 

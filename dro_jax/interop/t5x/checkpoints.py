@@ -390,7 +390,8 @@ def _config(where: epath.Path, shapes: Mapping[str, tuple[int, ...]]) -> T5Confi
             vocab_size=vocab_size,
             emb_dim=emb_dim,
             num_heads=num_heads,
-            head_dim=shapes[f"{first}/attention/query/kernel"][1] // num_heads,
+            # No heads at all are refused by T5Config.
+            head_dim=shapes[f"{first}/attention/query/kernel"][1] // max(num_heads, 1),
             mlp_dim=shapes[f"{first}/mlp/wo/kernel"][0],
             num_encoder_layers=depths["encoder"],
             num_decoder_layers=depths["decoder"],
