@@ -91,11 +91,11 @@ def run(
         )
     if of_huggingface:
         with _whole(goal) as partial:
-            import_model(folder, partial, goal)
+            import_model(folder, partial, goal, full_name(source))
         return
     if of_t5x is not None:
         with _whole(goal) as partial:
-            import_t5x(of_t5x, partial, goal, vocabulary_file)
+            import_t5x(of_t5x, partial, goal, full_name(source), vocabulary_file)
         return
     try:
         directory, step = checkpoints.find(folder)
@@ -137,13 +137,14 @@ def _whole(goal: epath.Path) -> Iterator[epath.Path]:
         raise
 
 
-def import_model(folder: epath.Path, directory: epath.Path, goal: epath.Path) -> None:
+def import_model(folder: epath.Path, directory: epath.Path, goal: epath.Path, source: str) -> None:
     """Writes a Hugging Face model as a run's folder that has taken no step yet.
 
     Args:
       folder: config.json, safetensors and tokeniser.
       directory: where to.
       goal: what `directory` will be called, for the gin file.
+      source: of `full_name`.
 
     Raises:
       UsageError: if a file is missing or damaged, or the model is not a T5.
@@ -153,12 +154,16 @@ def import_model(folder: epath.Path, directory: epath.Path, goal: epath.Path) ->
     arrays = huggingface.open_model(folder, config)
     vocabulary_file = tokenizer_files.find_vocabulary(folder, theirs)
     # Exported again, the model keeps what its file says beside the architecture.
-    described = {"huggingface": theirs}
+    described = {"huggingface": theirs, "source": source}
     _write_run(directory, goal, config, {"policy": arrays}, vocabulary_file, described)
 
 
 def import_t5x(
-    path: epath.Path, directory: epath.Path, goal: epath.Path, vocabulary_file: str | None
+    path: epath.Path,
+    directory: epath.Path,
+    goal: epath.Path,
+    source: str,
+    vocabulary_file: str | None,
 ) -> None:
     """Writes a T5X checkpoint as a run's folder that has taken no step yet.
 
@@ -166,6 +171,7 @@ def import_t5x(
       path: of `t5x_checkpoints.find`.
       directory: where to.
       goal: what `directory` will be called, for the gin file.
+      source: of `full_name`.
       vocabulary_file: a SentencePiece model, None for bytes.
 
     Raises:
@@ -194,7 +200,7 @@ def import_t5x(
         raise UsageError(f"{path}: {error}") from error
     items = {"policy": model.policy, "value": model.value}
     items = {item: arrays for item, arrays in items.items() if arrays}
-    _write_run(directory, goal, model.config, items, vocabulary_file, {})
+    _write_run(directory, goal, model.config, items, vocabulary_file, {"source": source})
 
 
 def _write_run(
@@ -259,6 +265,12 @@ def model_bindings(config: T5Config) -> dict[str, Any]:
     config = dataclasses.replace(config, scan_layers=large, remat="dots" if large else "none")
     # The reserved entry follows from the method.
     return {name: value for name, value in vars(config).items() if name != "reserved_entry"}
+
+
+def full_name(source: str) -> str:
+    """What a run's facts say of where its model is from: a folder's absolute path, or a name on the hub."""
+    folder = epath.Path(source)
+    return _absolute(folder) if folder.exists() else source
 
 
 def _absolute(path: epath.Path) -> str:
