@@ -103,8 +103,11 @@ def test_generate_on_what_was_imported(converted, command, tmp_path):
 @pytest.fixture(scope="module")
 def aligned(command, feedback_file, tmp_path_factory):
     """Three steps of DRO-V from an imported model: the imported folder, and the run's."""
-    folder = tmp_path_factory.mktemp("aligned")
-    source = f"--from={GOLDEN / 'v1_1'}"
+    return align(command, feedback_file, tmp_path_factory.mktemp("aligned"), "v1_1")
+
+
+def align(command, feedback_file, folder, name):
+    source = f"--from={GOLDEN / name}"
     assert command("convert", source, f"--to={folder / 'imported'}").code == 0
     bindings = {
         "FEEDBACK_FILE": str(feedback_file),
@@ -353,9 +356,15 @@ def test_transformers_decodes_every_entry_of_byt5_s_table(converted, compared):
     assert found["logits"] <= TOLERANCE
 
 
-def test_transformers_computes_the_same_with_tied_logits(converted, compared):
-    found = compared(converted(GOLDEN / "v1_0", "run"))
+def test_transformers_computes_the_same_with_tied_logits(
+    compared, command, feedback_file, tmp_path
+):
+    run = align(command, feedback_file, tmp_path, "v1_0") / "run"
+    before = tensors(GOLDEN / "v1_0")["shared.weight"]
+    found = compared(run)
+    assert not np.array_equal(tensors(tmp_path / "back")["shared.weight"], before)
     assert found["logits"] <= TOLERANCE
+    assert found["values"] <= TOLERANCE
     assert found["tied"]
     assert found["greedy"]
 

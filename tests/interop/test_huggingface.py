@@ -68,8 +68,20 @@ def test_logits_agree(golden):
     assert abs(difference.mean()) <= TOLERANCE / 10
 
 
-def test_shapes_are_told_without_reading():
-    _, stored = opened(GOLDEN / "v1_1")
+@pytest.mark.parametrize("name", ["v1_1", "v1_1_sharded"])
+def test_shapes_are_told_without_reading(name, monkeypatch):
+    def read(*_):
+        raise AssertionError
+
+    with monkeypatch.context() as patched:
+        # By which alone bytes become arrays there.
+        patched.setattr(safetensors_files.np, "frombuffer", read)
+        config, stored = opened(GOLDEN / name)
+        assert {name: array.shape for name, array in stored.items()} == parameter_shapes.shapes(
+            config
+        )
+        with pytest.raises(AssertionError):
+            next(iter(stored.values())).read()
     assert all(array.shape == array.read().shape for array in stored.values())
     assert all(array.read().dtype == np.float32 for array in stored.values())
 
