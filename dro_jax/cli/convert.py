@@ -68,7 +68,7 @@ def run(
         raise UsageError(
             f"{target}: is there already; give a folder that is empty or does not exist"
         )
-    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if _is_on_hub(source):
         folder = hub.download(source)
     if not folder.exists():
         raise UsageError(
@@ -269,8 +269,11 @@ def model_bindings(config: T5Config) -> dict[str, Any]:
 
 def full_name(source: str) -> str:
     """What a run's facts say of where its model is from: a folder's absolute path, or a name on the hub."""
-    folder = epath.Path(source)
-    return _absolute(folder) if folder.exists() else source
+    return source if _is_on_hub(source) else _absolute(epath.Path(source))
+
+
+def _is_on_hub(source: str) -> bool:
+    return not epath.Path(source).exists() and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", source))
 
 
 def _absolute(path: epath.Path) -> str:

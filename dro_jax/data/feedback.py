@@ -30,8 +30,14 @@ from dro_jax.errors import UsageError, check_choice
 Split = Literal["train", "validation"]
 
 FIELDS = (
-    *("prompt", "completion", "response", "reward", "score", "label"),
-    *("instruction", "completions"),
+    "prompt",
+    "completion",
+    "response",
+    "reward",
+    "score",
+    "label",
+    "instruction",
+    "completions",
 )
 """All that is read of a row, and of a record of UltraFeedback's."""
 
