@@ -6,12 +6,13 @@
     compare([aligned, base], prompts, judge="llm", folder="side_by_side")
     export(aligned, "aligned_hf")
 
-Everything between the calls lies on disk, so that the commands can take over at any point, and a call that is
-repeated goes on where it was interrupted. Mistakes raise `dro_jax.errors.UsageError`.
+Everything between the calls lies on disk, so that the commands can take over at any point. `load` and `train` take up
+what an earlier call has left; `compare` replaces it; `export` wants an empty folder. Mistakes in what is given raise
+`dro_jax.errors.UsageError`.
 """
 
-import dataclasses
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -29,6 +30,7 @@ from dro_jax.cli.generate import (
     vocabulary_file_of,
 )
 from dro_jax.cli.run_folder import make_directory, write_whole
+from dro_jax.data.feedback import FIELDS
 from dro_jax.errors import UsageError
 from dro_jax.evaluation.report import Report
 from dro_jax.training import checkpoints
@@ -38,25 +40,36 @@ PROMPTS = "prompts.jsonl"
 """Written into the folder of `train` and `compare`."""
 
 
-def load(source: str, folder: str) -> str:
+def load(
+    source: epath.PathLike, folder: epath.PathLike, *, vocabulary_file: epath.PathLike | None = None
+) -> str:
     """Makes a model ready to start from, as `dro_jax convert` does.
 
     Args:
-      source: a Hugging Face T5, a folder or a name on the hub, or a T5X checkpoint over bytes.
-      folder: where to; one that an earlier call has filled is taken as it is.
+      source: a Hugging Face T5, a folder or a name on the hub, or a T5X checkpoint.
+      folder: where to; one that an earlier call has filled from this source is taken as it is.
+      vocabulary_file: the SentencePiece model of a T5X checkpoint, None for bytes.
 
     Returns:
       The folder.
     """
+    source, folder = os.fspath(source), os.fspath(folder)
     if not checkpoints.steps(folder):
-        convert.run(source, folder)
+        pieces = None if vocabulary_file is None else os.fspath(vocabulary_file)
+        convert.run(source, folder, vocabulary_file=pieces)
+        return folder
+    made_from = checkpoints.read_meta(*checkpoints.find(folder)).get("source")
+    if made_from != convert.full_name(source):
+        raise UsageError(
+            f"{folder}: holds a model from {made_from or 'elsewhere'}, not from {source}; give another folder"
+        )
     return folder
 
 
 def train(
-    feedback: str | Mapping[str, Sequence[Any]] | Iterable[Mapping[str, Any]],
-    model: str,
-    folder: str,
+    feedback: epath.PathLike | Mapping[str, Sequence[Any]] | Iterable[Mapping[str, Any]],
+    model: epath.PathLike,
+    folder: epath.PathLike,
     *,
     algorithm: str = "dro_v",
     **settings: Any,
@@ -77,21 +90,24 @@ def train(
     Raises:
       KeyboardInterrupt: it was asked to stop; all is saved, and the same call goes on.
     """
-    if not isinstance(feedback, str):
+    model, folder = os.fspath(model), os.fspath(folder)
+    if isinstance(feedback, str | os.PathLike):
+        feedback = os.fspath(feedback)
+    else:
         make_directory(epath.Path(folder))
         feedback = _write_rows(epath.Path(folder) / FEEDBACK, _rows(feedback))
     directory, step = checkpoints.find(model)
     meta = checkpoints.read_meta(directory, step)
-    shape = dataclasses.asdict(model_of(meta))
-    del shape["reserved_entry"]  # It follows from the method.
-    macros = {
+    shape = convert.model_bindings(model_of(meta))
+    macros: dict[str, Any] = {
         "FEEDBACK_FILE": feedback,
         "MODEL_DIR": folder,
         "INIT_CHECKPOINT": model,
         "VOCABULARY_FILE": vocabulary_file_of(directory, meta),
     }
-    bindings = [f"{name} = {value!r}" for name, value in (macros | settings).items()]
-    bindings += [f"t5.T5Config.{name} = {value!r}" for name, value in shape.items()]
+    # What the caller asks for comes last, and so holds.
+    macros |= {f"t5.T5Config.{name}": value for name, value in shape.items()} | settings
+    bindings = [f"{name} = {_plain(value)!r}" for name, value in macros.items()]
     configuration.load(
         ["runs/train.gin", "models/t5_1_1_small.gin", f"algorithms/{algorithm}.gin"], bindings
     )
@@ -101,7 +117,7 @@ def train(
     return folder
 
 
-def generate(model: str, prompts: Sequence[str], **sampling: Any) -> list[str]:
+def generate(model: epath.PathLike, prompts: Sequence[str], **sampling: Any) -> list[str]:
     """Completes prompts, as `dro_jax generate` does.
 
     Args:
@@ -113,7 +129,7 @@ def generate(model: str, prompts: Sequence[str], **sampling: Any) -> list[str]:
       A completion of each prompt.
     """
     asked = Sampling(**sampling)
-    policy = load_policy(model, asked.partitioning())
+    policy = load_policy(os.fspath(model), asked.partitioning())
     completions = complete(
         policy,
         list(prompts),
@@ -125,11 +141,11 @@ def generate(model: str, prompts: Sequence[str], **sampling: Any) -> list[str]:
 
 
 def compare(
-    models: Sequence[str],
+    models: Sequence[epath.PathLike],
     prompts: Sequence[str],
     *,
     judge: str,
-    folder: str,
+    folder: epath.PathLike,
     **sampling: Any,
 ) -> Report:
     """Holds models against each other, as `dro_jax compare` does.
@@ -147,10 +163,10 @@ def compare(
     make_directory(epath.Path(folder))
     written = _write_rows(epath.Path(folder) / PROMPTS, [{"prompt": prompt} for prompt in prompts])
     return compare_command.run(
-        policies=list(models),
+        policies=[os.fspath(model) for model in models],
         prompts=written,
         judge=judge,
-        output=folder,
+        output=os.fspath(folder),
         reference=None,
         folds=5,
         fold_size=1000,
@@ -158,7 +174,9 @@ def compare(
     )
 
 
-def export(model: str, folder: str, output_format: str = "huggingface") -> str:
+def export(
+    model: epath.PathLike, folder: epath.PathLike, output_format: str = "huggingface"
+) -> str:
     """Writes a run for other programs, as `dro_jax convert` does.
 
     Args:
@@ -169,6 +187,7 @@ def export(model: str, folder: str, output_format: str = "huggingface") -> str:
     Returns:
       The folder.
     """
+    model, folder = os.fspath(model), os.fspath(folder)
     convert.run(model, folder, output_format)
     return folder
 
@@ -186,9 +205,21 @@ def _rows(
 
 def _write_rows(place: epath.Path, rows: Iterable[Mapping[str, Any]]) -> str:
     def plain(value: Any) -> Any:
-        if isinstance(value, np.generic):
-            return value.item()
-        raise UsageError(f"feedback: {value!r} is neither text nor a number")
+        if (known := _plain(value)) is value:
+            raise UsageError(f"feedback: {value!r} is neither text nor a number")
+        return known
 
-    write_whole(place, "".join(json.dumps(row, default=plain) + "\n" for row in rows))
+    read = ({name: value for name, value in row.items() if name in FIELDS} for row in rows)
+    write_whole(place, "".join(json.dumps(row, default=plain) + "\n" for row in read))
     return str(place)
+
+
+def _plain(value: Any) -> Any:
+    """What is no Python value but has one: NumPy's numbers and arrays, paths, and what a dictionary has of them."""
+    if isinstance(value, np.generic | np.ndarray):
+        return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {name: _plain(item) for name, item in value.items()}
+    return value

@@ -6,6 +6,7 @@ import logging
 import math
 import re
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from etils import epath
 
@@ -30,6 +31,9 @@ logger = logging.getLogger(__name__)
 GIN_FILE = "model.gin"
 VALUE = "value"
 """Names inside the folder that is written."""
+
+PARTIAL = ".partial-of-dro_jax-convert"
+"""Ending of the folder that becomes the target; what an interruption left under this name is removed."""
 
 LENGTHS = {"inputs": 512, "targets": 512}
 """At which T5 was trained and `runs/train.gin` cuts: what `dro_jax generate` takes for a model without a run."""
@@ -64,13 +68,17 @@ def run(
         raise UsageError(
             f"{target}: is there already; give a folder that is empty or does not exist"
         )
-    if not folder.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+    if _is_on_hub(source):
         folder = hub.download(source)
     if not folder.exists():
         raise UsageError(
             f"{source}: no such folder; give a Hugging Face model, its name on the hub as in google/flan-t5-small, "
             "a T5X checkpoint, or a run"
         )
+    if folder.is_file() and folder.name != t5x_checkpoints.MSGPACK:
+        pickled = folder.suffix in (".bin", ".ckpt", ".pt", ".pth")
+        what = huggingface.PICKLE if pickled else "is a file; give the folder that the model is in"
+        raise UsageError(f"{source}: {what}")
     of_huggingface = (folder / huggingface.CONFIG).exists()
     of_t5x = None if of_huggingface else t5x_checkpoints.find(folder)
     if output_format is not None and (of_huggingface or of_t5x):
@@ -83,11 +91,11 @@ def run(
         )
     if of_huggingface:
         with _whole(goal) as partial:
-            import_model(folder, partial, goal)
+            import_model(folder, partial, goal, full_name(source))
         return
     if of_t5x is not None:
         with _whole(goal) as partial:
-            import_t5x(of_t5x, partial, goal, vocabulary_file)
+            import_t5x(of_t5x, partial, goal, full_name(source), vocabulary_file)
         return
     try:
         directory, step = checkpoints.find(folder)
@@ -110,7 +118,7 @@ def run(
 @contextlib.contextmanager
 def _whole(goal: epath.Path) -> Iterator[epath.Path]:
     """A folder beside the goal that takes its place in the end, so that nothing half-written is ever there."""
-    partial = goal.parent / f"{goal.name}.partial"
+    partial = goal.parent / f"{goal.name}{PARTIAL}"
     try:
         if partial.exists():
             partial.rmtree()
@@ -129,13 +137,14 @@ def _whole(goal: epath.Path) -> Iterator[epath.Path]:
         raise
 
 
-def import_model(folder: epath.Path, directory: epath.Path, goal: epath.Path) -> None:
+def import_model(folder: epath.Path, directory: epath.Path, goal: epath.Path, source: str) -> None:
     """Writes a Hugging Face model as a run's folder that has taken no step yet.
 
     Args:
       folder: config.json, safetensors and tokeniser.
       directory: where to.
       goal: what `directory` will be called, for the gin file.
+      source: of `full_name`.
 
     Raises:
       UsageError: if a file is missing or damaged, or the model is not a T5.
@@ -145,12 +154,16 @@ def import_model(folder: epath.Path, directory: epath.Path, goal: epath.Path) ->
     arrays = huggingface.open_model(folder, config)
     vocabulary_file = tokenizer_files.find_vocabulary(folder, theirs)
     # Exported again, the model keeps what its file says beside the architecture.
-    described = {"huggingface": theirs}
+    described = {"huggingface": theirs, "source": source}
     _write_run(directory, goal, config, {"policy": arrays}, vocabulary_file, described)
 
 
 def import_t5x(
-    path: epath.Path, directory: epath.Path, goal: epath.Path, vocabulary_file: str | None
+    path: epath.Path,
+    directory: epath.Path,
+    goal: epath.Path,
+    source: str,
+    vocabulary_file: str | None,
 ) -> None:
     """Writes a T5X checkpoint as a run's folder that has taken no step yet.
 
@@ -158,12 +171,23 @@ def import_t5x(
       path: of `t5x_checkpoints.find`.
       directory: where to.
       goal: what `directory` will be called, for the gin file.
+      source: of `full_name`.
       vocabulary_file: a SentencePiece model, None for bytes.
 
     Raises:
       UsageError: if a file is missing or damaged, the model is not a T5, or the vocabulary is not its own.
     """
     model = t5x_checkpoints.open_model(path)
+    taken, told = model.config.mlp_activations, t5x_checkpoints.activations(path)
+    if told is None and len(taken) > 1:
+        logger.warning(
+            "%s: its feed-forward layers are taken to be of gated GELU; no config.gin beside it tells",
+            path,
+        )
+    if told not in (None, taken):
+        raise UsageError(
+            f"{path}: has mlp_activations {told} by its config.gin; what converts has ('gelu', 'linear') or ('relu',)"
+        )
     vocab_size = model.config.vocab_size
     if vocabulary_file is None and vocab_size > _BYTES:
         raise UsageError(
@@ -176,7 +200,7 @@ def import_t5x(
         raise UsageError(f"{path}: {error}") from error
     items = {"policy": model.policy, "value": model.value}
     items = {item: arrays for item, arrays in items.items() if arrays}
-    _write_run(directory, goal, model.config, items, vocabulary_file, {})
+    _write_run(directory, goal, model.config, items, vocabulary_file, {"source": source})
 
 
 def _write_run(
@@ -216,9 +240,6 @@ def gin_file(config: T5Config, directory: epath.Path, has_vocabulary: bool) -> s
       directory: where its checkpoint is.
       has_vocabulary: whether `VOCABULARY` lies beside it.
     """
-    large = config.num_encoder_layers + config.num_decoder_layers >= _LARGE
-    config = dataclasses.replace(config, scan_layers=large, remat="dots" if large else "none")
-    fields = {k: v for k, v in vars(config).items() if k != "reserved_entry"}
     where = _absolute(directory)
     return "\n".join(
         (
@@ -232,10 +253,27 @@ def gin_file(config: T5Config, directory: epath.Path, has_vocabulary: bool) -> s
             "MODEL = @t5.T5Config()",
             "",
             "t5.T5Config:",
-            *(f"  {name} = {value!r}" for name, value in fields.items()),
+            *(f"  {name} = {value!r}" for name, value in model_bindings(config).items()),
             "",
         )
     )
+
+
+def model_bindings(config: T5Config) -> dict[str, Any]:
+    """What a run binds T5Config to for a model: a deep one scans and rematerialises, as the shipped ones do."""
+    large = config.num_encoder_layers + config.num_decoder_layers >= _LARGE
+    config = dataclasses.replace(config, scan_layers=large, remat="dots" if large else "none")
+    # The reserved entry follows from the method.
+    return {name: value for name, value in vars(config).items() if name != "reserved_entry"}
+
+
+def full_name(source: str) -> str:
+    """What a run's facts say of where its model is from: a folder's absolute path, or a name on the hub."""
+    return source if _is_on_hub(source) else _absolute(epath.Path(source))
+
+
+def _is_on_hub(source: str) -> bool:
+    return not epath.Path(source).exists() and bool(re.fullmatch(r"[\w.-]+/[\w.-]+", source))
 
 
 def _absolute(path: epath.Path) -> str:
@@ -276,7 +314,7 @@ def export_run(directory: epath.Path, step: int, folder: epath.Path) -> None:
         generation["use_cache"] = False
     huggingface.write_json(folder / huggingface.CONFIG, described)
     huggingface.write_json(folder / "generation_config.json", generation)
-    tokenizer_files.write_tokenizer(folder, vocabulary_file)
+    tokenizer_files.write_tokenizer(folder, vocabulary_file, config.vocab_size)
     _export_item(directory, step, folder, config, value=False)
     if "value" in meta["checksums"]:
         (folder / VALUE).mkdir()

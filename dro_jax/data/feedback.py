@@ -29,6 +29,18 @@ from dro_jax.errors import UsageError, check_choice
 
 Split = Literal["train", "validation"]
 
+FIELDS = (
+    "prompt",
+    "completion",
+    "response",
+    "reward",
+    "score",
+    "label",
+    "instruction",
+    "completions",
+)
+"""All that is read of a row, and of a record of UltraFeedback's."""
+
 _BAD_ROW_MESSAGES_KEPT = 5
 _LABEL_REWARDS: dict[Any, float] = {
     # True == 1 and 1.0 == 1 as keys, so these two lines serve booleans, integers and floats.

@@ -24,6 +24,12 @@ INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5_000_000_000
 """The most that one file of an exported model holds, as transformers had it until version 5."""
 
+PICKLE = (
+    "is a pickle, which may run anything when it is read, so it is not; where you trust it, load it with transformers "
+    "and save_pretrained() it, which writes safetensors"
+)
+"""What is said of torch's files."""
+
 Json = dict[str, Any]
 
 _SIZES = {
@@ -135,15 +141,19 @@ def model_config(theirs: Mapping[str, Any], path: epath.PathLike = CONFIG) -> T5
     if missing:
         raise UsageError(f"{path}: lacks {', '.join(missing)}; give the config.json of the weights")
     activation = theirs.get("feed_forward_proj", "relu")
+    gated = activation == "gated-gelu"
     computed = {
         "feed_forward_proj": (activation, tuple(_ACTIVATIONS)),
-        "dense_act_fn": (theirs.get("dense_act_fn"), (None, "relu", "gelu_new")),
+        # What stands in these two is what transformers computes, whatever the first says.
+        "dense_act_fn": (theirs.get("dense_act_fn"), (None, "gelu_new" if gated else "relu")),
+        "is_gated_act": (theirs.get("is_gated_act"), (None, gated)),
         "layer_norm_epsilon": (theirs.get("layer_norm_epsilon", 1e-6), (1e-6,)),
     }
     for name, (value, known) in computed.items():
         if value not in known:
             raise UsageError(
-                f"{path}: {name} is {value!r}; a T5 of dro_jax has {' or '.join(repr(k) for k in known if k)}"
+                f"{path}: {name} is {value!r}; a T5 of dro_jax has "
+                + " or ".join(repr(k) for k in known if k is not None)
             )
     # Version 5 writes tie_word_embeddings as true for all of them, and says in a field of its own which are scaled.
     scaled = theirs.get("scale_decoder_outputs", theirs.get("tie_word_embeddings") is not False)
@@ -207,7 +217,8 @@ def open_model(folder: epath.Path, config: T5Config) -> dict[str, StoredArray]:
     names = parameter_names(config)
     if _LOGITS in names.values() and _LOGITS not in found and _EMBEDDING in found:
         # transformers 5 ties the two in models that it makes, and then stores one of them.
-        found[_LOGITS] = found[_EMBEDDING]
+        tied = read_config(folder).get("tie_word_embeddings") is not False
+        found |= {_LOGITS: found[_EMBEDDING]} if tied else {}
     ours_by_name = parameter_shapes.shapes(config)
     needed = {
         name: ours_by_name[ours][::-1] if is_transposed(ours) else ours_by_name[ours]
@@ -278,7 +289,7 @@ def read_json(path: epath.Path) -> Json:
     """Reads a JSON object. Raises UsageError if there is none."""
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UsageError(f"{path}: cannot be read as JSON ({error}); get it again") from error
     if not isinstance(content, dict):
         raise UsageError(f"{path}: is JSON but no object; get it again")
@@ -309,7 +320,4 @@ def _no_weights(folder: epath.Path) -> str:
     pickled = sorted(path.name for path in folder.glob("*.bin"))
     if not pickled:
         return f"{folder}: has no {WEIGHTS} (nor {INDEX}); only safetensors are read"
-    return (
-        f"{folder}: {pickled[0]} is a pickle, which may run anything when it is read, so it is not; where you trust "
-        "it, load it with transformers and save_pretrained() it, which writes safetensors"
-    )
+    return f"{folder}: {pickled[0]} {PICKLE}"

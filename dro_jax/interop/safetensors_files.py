@@ -39,7 +39,15 @@ def open_file(path: epath.Path) -> dict[str, StoredArray]:
             table = json.loads(file.read(data - 8))
             table.pop("__metadata__", None)
             entries = {name: _entry(entry) for name, entry in table.items()}
-        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        # Arithmetic: no number of bytes is infinite.
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RecursionError,
+            ArithmeticError,
+        ) as error:
             raise UsageError(
                 f"{path}: is no safetensors file (its header is not the format's); get it again"
             ) from error

@@ -1,6 +1,5 @@
 """The tokeniser in a Hugging Face folder: T5's SentencePiece model with 100 sentinels, or ByT5's bytes."""
 
-import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,8 +16,6 @@ TOKENIZER = "tokenizer.json"
 """Names inside a model's folder."""
 
 _SENTINELS = 100
-
-logger = logging.getLogger(__name__)
 
 
 def find_vocabulary(folder: epath.Path, config: Mapping[str, Any]) -> str | None:
@@ -57,23 +54,29 @@ def find_vocabulary(folder: epath.Path, config: Mapping[str, Any]) -> str | None
     return path
 
 
-def write_tokenizer(folder: epath.Path, vocabulary_file: str | None) -> None:
+def write_tokenizer(folder: epath.Path, vocabulary_file: str | None, vocab_size: int) -> None:
     """Writes what AutoTokenizer reads as this vocabulary, with the same ids.
 
     Args:
       folder: where to.
       vocabulary_file: a SentencePiece model, None for bytes.
+      vocab_size: entries of the model's table.
+
+    Raises:
+      UsageError: if transformers has no such vocabulary for a T5.
     """
     if vocabulary_file is None:
-        write_json(folder / TOKENIZER_CONFIG, {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0})
+        # transformers cannot decode an entry without a name; ByT5's 125 beside the bytes are sentinels.
+        extra_ids = vocab_size - load_vocabulary(None).vocab_size
+        described = {"tokenizer_class": "ByT5Tokenizer", "extra_ids": extra_ids}
+        write_json(folder / TOKENIZER_CONFIG, described)
         return
     pieces = load_vocabulary(vocabulary_file).tokenizer
     ids = {"pad_token": pieces.pad_id(), "eos_token": pieces.eos_id(), "unk_token": pieces.unk_id()}
     if list(ids.values()) != [0, 1, 2]:
-        logger.warning(
-            "%s: transformers takes padding, end of sequence and unknown of a T5 to be 0, 1, 2; here they are %s",
-            vocabulary_file,
-            list(ids.values()),
+        raise UsageError(
+            f"{vocabulary_file}: has padding, end of sequence and unknown at {list(ids.values())}, where transformers "
+            "takes those of a T5 to be [0, 1, 2]; --format=t5x does not"
         )
     epath.Path(vocabulary_file).copy(folder / SENTENCEPIECE)
     names = {name: pieces.id_to_piece(number) for name, number in ids.items()}
@@ -111,12 +114,12 @@ def _check_added(
     try:
         added = {int(number): str(token["content"]) for number, token in described.items()}
         added |= {int(token["id"]): str(token["content"]) for token in listed}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
         raise UsageError(
             f"{folder}: what {TOKENIZER_CONFIG} or {TOKENIZER} lists as added tokens cannot be read; get them again"
         ) from error
     for number, content in sorted(added.items()):
-        known = number < vocabulary.vocab_size
+        known = 0 <= number < vocabulary.vocab_size
         piece = vocabulary.tokenizer.id_to_piece(number) if known else None
         # SeqIO's sentinels carry the mark of a word's beginning.
         if piece is None or piece.lstrip("\u2581") != content:

@@ -36,7 +36,7 @@ def converted(command, tmp_path):
     def run(source, name):
         result = command("convert", f"--from={source}", f"--to={tmp_path / name}")
         assert (result.code, result.err) == (0, "")
-        assert sorted(path.name for path in tmp_path.iterdir() if "partial" in path.name) == []
+        assert not (tmp_path / f"{name}{convert.PARTIAL}").exists()
         return tmp_path / name
 
     return run
@@ -70,6 +70,10 @@ def test_there_and_back_bit_for_bit(converted, name):
     assert spiece.exists() == (back / "spiece.model").exists() == (name != "byt5")
     if spiece.exists():
         assert spiece.read_bytes() == (back / "spiece.model").read_bytes()
+    else:
+        added = read_json(GOLDEN / name / "tokenizer_config.json")["added_tokens_decoder"]
+        sentinels = [token for token in added.values() if "<extra_id_" in token["content"]]
+        assert read_json(back / "tokenizer_config.json")["extra_ids"] == len(sentinels) == 125
     assert not (back / "value").exists()
 
 
@@ -99,8 +103,11 @@ def test_generate_on_what_was_imported(converted, command, tmp_path):
 @pytest.fixture(scope="module")
 def aligned(command, feedback_file, tmp_path_factory):
     """Three steps of DRO-V from an imported model: the imported folder, and the run's."""
-    folder = tmp_path_factory.mktemp("aligned")
-    source = f"--from={GOLDEN / 'v1_1'}"
+    return align(command, feedback_file, tmp_path_factory.mktemp("aligned"), "v1_1")
+
+
+def align(command, feedback_file, folder, name):
+    source = f"--from={GOLDEN / name}"
     assert command("convert", source, f"--to={folder / 'imported'}").code == 0
     bindings = {
         "FEEDBACK_FILE": str(feedback_file),
@@ -246,7 +253,7 @@ def test_a_single_net_s_entry_is_suppressed(single_net_run, converted):
     assert generation["suppress_tokens"] == [263]
     assert generation["use_cache"] is False
     described = read_json(back / "tokenizer_config.json")
-    assert described == {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0}
+    assert described == {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 5}
 
 
 def parameters(run):
@@ -327,6 +334,7 @@ def test_transformers_computes_the_same_with_an_aligned_run(aligned, compared):
     assert found["values"] <= TOLERANCE
     assert found["greedy"]
     assert found["token_ids"]
+    assert found["undecodable"] == []
     assert not found["tied"]
     assert found["dtype"] == "torch.float32"
     assert (found["max_new_tokens"], found["suppressed"]) == (7, None)
@@ -339,11 +347,24 @@ def test_transformers_computes_the_same_with_a_single_net(single_net_run, compar
     assert found["greedy"]
     assert found["token_ids"]
     assert found["suppressed"] == [263]
+    assert found["undecodable"] == []
 
 
-def test_transformers_computes_the_same_with_tied_logits(converted, compared):
-    found = compared(converted(GOLDEN / "v1_0", "run"))
+def test_transformers_decodes_every_entry_of_byt5_s_table(converted, compared):
+    found = compared(converted(GOLDEN / "byt5", "run"))
+    assert (found["undecodable"], found["token_ids"]) == ([], True)
     assert found["logits"] <= TOLERANCE
+
+
+def test_transformers_computes_the_same_with_tied_logits(
+    compared, command, feedback_file, tmp_path
+):
+    run = align(command, feedback_file, tmp_path, "v1_0") / "run"
+    before = tensors(GOLDEN / "v1_0")["shared.weight"]
+    found = compared(run)
+    assert not np.array_equal(tensors(tmp_path / "back")["shared.weight"], before)
+    assert found["logits"] <= TOLERANCE
+    assert found["values"] <= TOLERANCE
     assert found["tied"]
     assert found["greedy"]
 
@@ -395,6 +416,17 @@ def test_target_that_is_taken(refused, copied, tmp_path):
     (tmp_path / "file").write_text("")
     assert "is there already" in refused(folder, "file")
     assert refused(folder, "file/below").startswith(f"{tmp_path / 'file/below'}: cannot be written")
+
+
+def test_only_what_a_conversion_left_is_removed(converted, tmp_path):
+    (tmp_path / f"run{convert.PARTIAL}").mkdir()
+    (tmp_path / f"run{convert.PARTIAL}" / "half").write_text("")
+    (tmp_path / "run.partial").mkdir()
+    (tmp_path / "run.partial" / "mine").write_text("")
+    run = converted(GOLDEN / "byt5", "run")
+    assert not (run / "half").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "run.partial"]
+    assert (tmp_path / "run.partial" / "mine").exists()
 
 
 def test_empty_target(converted, tmp_path):

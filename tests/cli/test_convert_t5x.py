@@ -22,6 +22,9 @@ def unpacked(tmp_path):
     def unpack(name):
         with zipfile.ZipFile(INTEROP / "golden_t5x" / f"{name}.zip") as file:
             file.extractall(tmp_path / name)
+        activations = ("relu",) if name.startswith("v1_0") else ("gelu", "linear")
+        line = f"network.T5Config.mlp_activations = {activations}\n"
+        (tmp_path / name / "config.gin").write_text(f"# As T5X writes it.\n{line}")
         return tmp_path / name
 
     return unpack
@@ -139,6 +142,26 @@ def test_a_model_over_pieces_needs_its_vocabulary(unpacked, refused, monkeypatch
     assert "--vocabulary_file" in line
 
 
+@pytest.mark.parametrize("place", ["", "checkpoint_5", "checkpoint_5/checkpoint"])
+def test_another_gate_is_refused(unpacked, refused, place):
+    source = unpacked("v1_1_msgpack")
+    (source / "config.gin").write_text("network.T5Config.mlp_activations = ('silu', 'linear')\n")
+    line = refused(source / place, f"--vocabulary_file={PIECES}")
+    assert "has mlp_activations ('silu', 'linear') by its config.gin; what converts has" in line
+
+
+@pytest.mark.parametrize("text", ["", "network.T5Config.mlp_activations = %ACTIVATIONS\n"])
+def test_a_gate_that_nothing_tells_is_warned_of(unpacked, command, tmp_path, text):
+    source = unpacked("v1_1_msgpack")
+    (source / "config.gin").write_text(text)
+    given = (f"--from={source}", f"--to={tmp_path / 'run'}", f"--vocabulary_file={PIECES}")
+    result = command("convert", *given)
+    assert result.code == 0
+    assert "taken to be of gated GELU; no config.gin beside it tells" in result.out.replace(
+        "\n", " "
+    )
+
+
 def test_damage_is_told_in_a_line(unpacked, refused):
     source = unpacked("v1_1_msgpack")
     folder = source / "checkpoint_5" / "target.decoder.layers_1.mlp.wi_0.kernel"
@@ -157,7 +180,16 @@ def test_what_t5x_has_not_is_refused(unpacked, converted, refused, tmp_path):
     assert "(32, 20); every T5 of T5X has (32, 128)" in refused(run, "--format=t5x")
 
 
-def test_a_file_that_is_no_checkpoint(refused, tmp_path):
-    path = tmp_path / "notes.txt"
-    path.write_text("nothing")
-    assert "is not a whole checkpoint of T5X" in refused(path)
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("pytorch_model.bin", "is a pickle, which may run anything when it is read, so it is not;"),
+        ("model.safetensors", "is a file; give the folder that the model is in"),
+        ("notes.txt", "is a file; give the folder that the model is in"),
+        ("checkpoint", "is not a whole checkpoint of T5X (ValueError); get it again"),
+    ],
+)
+def test_a_file_that_is_no_checkpoint(refused, tmp_path, name, said):
+    path = tmp_path / name
+    path.write_bytes(b"")
+    assert f"{path}: {said}" in refused(path)

@@ -4,19 +4,20 @@
 
 needs torch, transformers and sentencepiece, and nothing of dro_jax. EXPECTED.npz holds encoder_tokens [B, Ti],
 decoder_tokens [B, To], logits [B, To, V], texts [K], token_ids [K, L] (padded with 0), greedy [B, steps] of cached
-decoding; where the folder has a value network also values [B]. Prints as JSON the largest differences and what is
-equal; tests/cli/test_convert.py says what they have to be.
+decoding; where the folder has a value network also values [K], which the code in its README.md has to compute. Prints
+as JSON the largest differences and what is equal; tests/cli/test_convert.py says what they have to be.
 """
 
+import contextlib
 import json
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from safetensors.torch import load_file
-from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, T5Model
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 
 @torch.no_grad()
@@ -38,6 +39,12 @@ def compare(folder: Path, expected: dict[str, np.ndarray]) -> dict[str, object]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer([str(text) for text in expected["texts"]]).input_ids
     wanted = [[i for i in row if i] for row in expected["token_ids"].tolist()]
+    undecodable = []
+    for entry in range(model.config.vocab_size):
+        try:
+            tokenizer.decode([entry])
+        except ValueError:
+            undecodable.append(entry)
     result = {
         "transformers": transformers.__version__,
         "dtype": str(model.dtype),
@@ -45,16 +52,19 @@ def compare(folder: Path, expected: dict[str, np.ndarray]) -> dict[str, object]:
         "logits": difference(model(**inputs, decoder_input_ids=decoder_tokens).logits),
         "greedy": bool(np.array_equal(greedy, expected["greedy"])),
         "token_ids": ids == wanted,
+        "undecodable": undecodable,
         "max_new_tokens": model.generation_config.max_new_tokens,
         "suppressed": model.generation_config.suppress_tokens,
     }
     if "values" in expected:
-        head = load_file(folder / "value" / "model.safetensors")
-        network = T5Model.from_pretrained(folder / "value").eval()
-        start = torch.zeros(len(tokens), 1, dtype=torch.long)
-        state = network(**inputs, decoder_input_ids=start).last_hidden_state[:, 0]
-        values = state @ head["value_head.weight"].T + head["value_head.bias"]
-        result["values"] = float(np.abs(values[:, 0].numpy() - expected["values"]).max())
+        readme = (folder / "value" / "README.md").read_text()
+        (block,) = re.findall(r"```python\n(.*?)```", readme, re.S)
+        assert block.count('["a prompt"]') == 1
+        names = {"texts": [str(text) for text in expected["texts"]]}
+        with contextlib.chdir(folder):
+            exec(block.replace('["a prompt"]', "texts"), names)
+        values = names["value"][:, 0].numpy()
+        result["values"] = float(np.abs(values - expected["values"]).max())
     in_half = model.bfloat16()(**inputs, decoder_input_ids=decoder_tokens).logits
     return result | {"logits_bfloat16": difference(in_half)}
 

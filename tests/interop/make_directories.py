@@ -17,6 +17,7 @@ Weights come from NumPy's generator, scaled as in tests/networks/make_golden.py.
 """
 
 import copy
+import io
 import json
 import shutil
 import sys
@@ -79,12 +80,11 @@ GREEDY_STEPS = 10
 
 
 def write_sentencepiece(folder: Path) -> None:
-    """A SentencePiece model numbered as T5's."""
-    corpus = folder / "corpus.txt"
-    corpus.write_text(CORPUS)
+    """A SentencePiece model numbered as T5's, which does not name the files that it was made from."""
+    model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        input=str(corpus),
-        model_prefix=str(folder / "spiece"),
+        sentence_iterator=iter(CORPUS.splitlines()),
+        model_writer=model,
         vocab_size=34,
         pad_id=0,
         eos_id=1,
@@ -93,8 +93,7 @@ def write_sentencepiece(folder: Path) -> None:
         minloglevel=2,
         normalization_rule_name="identity",  # the usual table alone is 240 kB
     )
-    corpus.unlink()
-    (folder / "spiece.vocab").unlink()
+    (folder / "spiece.model").write_bytes(model.getvalue())
 
 
 def write_tokenizer(name: str, folder: Path) -> None:

@@ -2,7 +2,8 @@
 
     python tests/interop/memory_of_conversion.py FOLDER --megabytes 1000
 
-Prints as JSON the model's size, its largest array, and for each direction the seconds and the memory that was
+With --format t5x or t5x_scanned it goes to T5X and back instead of to Hugging Face. FOLDER holds up to three times the
+model. Prints as JSON the model's size, its largest array, and for each direction the seconds and the memory that was
 in use at most above what was in use when a model of a few kilobytes had been converted (Linux: RssAnon, which
 counts what the process allocated and not the libraries and files that are mapped into it).
 """
@@ -52,7 +53,7 @@ def measured(work: Callable[[], None]) -> dict[str, float]:
 
 def make(folder: Path, config: T5Config, shard_bytes: int) -> int:
     """A folder of random weights over bytes; returns its parameters' bytes."""
-    folder.mkdir()
+    folder.mkdir(parents=True)
     huggingface.write_json(
         epath.Path(folder / "config.json"), huggingface.config_json(config, eos_id=1)
     )
@@ -85,7 +86,9 @@ def config_of(width: int, layers: int, vocab_size: int = 384) -> T5Config:
     )
 
 
-def run(folder: Path, megabytes: int, vocab_size: int = 384) -> dict[str, float]:
+def run(
+    folder: Path, megabytes: int, vocab_size: int = 384, other: str = "huggingface"
+) -> dict[str, float]:
     width = 1024
     in_layers = megabytes * 1e6 - 4 * 2 * vocab_size * width  # beside the table and the logits
     one_layer = 4 * 24 * width**2  # an encoder's and a decoder's
@@ -93,10 +96,16 @@ def run(folder: Path, megabytes: int, vocab_size: int = 384) -> dict[str, float]
     make(folder / "small", config_of(8, 1), 10**6)
     total = make(folder / "there", config, max(largest_array(config), 10**8))
     convert.run(str(folder / "small"), str(folder / "small_run"))
-    convert.run(str(folder / "small_run"), str(folder / "small_back"))
+    convert.run(str(folder / "small_run"), str(folder / "small_back"), other)
+    if other != "huggingface":
+        convert.run(str(folder / "there"), str(folder / "start"))
+        shutil.rmtree(folder / "there")
+        convert.run(str(folder / "start"), str(folder / "there"), other)
+        shutil.rmtree(folder / "start")
     before = allocated()
     imported = measured(lambda: convert.run(str(folder / "there"), str(folder / "run")))
-    exported = measured(lambda: convert.run(str(folder / "run"), str(folder / "back")))
+    shutil.rmtree(folder / "there")
+    exported = measured(lambda: convert.run(str(folder / "run"), str(folder / "back"), other))
     return {
         "model_bytes": total,
         "largest_array_bytes": largest_array(config),
@@ -116,10 +125,11 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("folder", type=Path, help="where the models are written for a while")
     parser.add_argument("--megabytes", type=int, default=1000)
+    parser.add_argument("--format", default="huggingface", choices=convert.FORMATS)
     parser.add_argument("--vocab_size", type=int, default=384, help="128512: a table as XXL's")
     parsed = parser.parse_args()
     parsed.folder.mkdir(parents=True)
     try:
-        print(json.dumps(run(parsed.folder, parsed.megabytes, parsed.vocab_size)))
+        print(json.dumps(run(parsed.folder, parsed.megabytes, parsed.vocab_size, parsed.format)))
     finally:
         shutil.rmtree(parsed.folder)

@@ -19,7 +19,7 @@ DANGEROUS = ("pytorch_model.bin", "code.py")
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """Has one model, org/name, whose folder holds a pickle and a program too."""
+    """Has org/name, whose folder holds a pickle and a program too, and org/pickled without safetensors."""
 
     asked: tuple[str, ...] = ()
 
@@ -33,12 +33,15 @@ class Hub(http.server.BaseHTTPRequestHandler):
         Hub.asked += (self.path.partition("?")[0],)
         files = [*(path.name for path in FOLDER.iterdir()), *DANGEROUS]
         head, _, name = self.path.rpartition("/")
-        if head == f"/org/name/resolve/{COMMIT}":
+        model = "pickled" if "/org/pickled/" in self.path else "name"
+        if model == "pickled":
+            files = [file for file in files if "safetensors" not in file]
+        if head == f"/org/{model}/resolve/{COMMIT}":
             content = (FOLDER / name).read_bytes()
-        elif head == "/api/models/org/name/revision":
+        elif head == f"/api/models/org/{model}/revision":
             siblings = [{"rfilename": name} for name in files]
-            content = json.dumps({"id": "org/name", "sha": COMMIT, "siblings": siblings}).encode()
-        elif head == "/api/models/org/name/tree":
+            content = json.dumps({"id": model, "sha": COMMIT, "siblings": siblings}).encode()
+        elif head == f"/api/models/org/{model}/tree":
             content = json.dumps(
                 [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in files]
             ).encode()
@@ -96,6 +99,16 @@ def test_a_model_by_its_name(endpoint, tmp_path):
     wanted = {path.name for path in FOLDER.iterdir()} - {"generation_config.json"}
     assert {path.name for path in folder.iterdir()} == wanted
     assert all((folder / name).read_bytes() == (FOLDER / name).read_bytes() for name in wanted)
+    assert not any(path.endswith(DANGEROUS) for path in Hub.asked)
+
+
+def test_a_model_of_pickles_alone(endpoint, tmp_path):
+    result = download("org/pickled", endpoint, tmp_path)
+    assert result.returncode == 2, result.stderr
+    (line,) = result.stdout.splitlines()
+    assert line.startswith(
+        "org/pickled: has no safetensors on the hub; pytorch_model.bin is a pickle, which may run"
+    )
     assert not any(path.endswith(DANGEROUS) for path in Hub.asked)
 
 

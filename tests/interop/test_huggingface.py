@@ -15,7 +15,7 @@ from etils import epath
 from flax.traverse_util import unflatten_dict
 
 from dro_jax.errors import UsageError
-from dro_jax.interop import huggingface, parameter_shapes
+from dro_jax.interop import huggingface, parameter_shapes, safetensors_files
 from dro_jax.networks import T5, T5Config
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -68,8 +68,20 @@ def test_logits_agree(golden):
     assert abs(difference.mean()) <= TOLERANCE / 10
 
 
-def test_shapes_are_told_without_reading():
-    _, stored = opened(GOLDEN / "v1_1")
+@pytest.mark.parametrize("name", ["v1_1", "v1_1_sharded"])
+def test_shapes_are_told_without_reading(name, monkeypatch):
+    def read(*_):
+        raise AssertionError
+
+    with monkeypatch.context() as patched:
+        # By which alone bytes become arrays there.
+        patched.setattr(safetensors_files.np, "frombuffer", read)
+        config, stored = opened(GOLDEN / name)
+        assert {name: array.shape for name, array in stored.items()} == parameter_shapes.shapes(
+            config
+        )
+        with pytest.raises(AssertionError):
+            next(iter(stored.values())).read()
     assert all(array.shape == array.read().shape for array in stored.values())
     assert all(array.read().dtype == np.float32 for array in stored.values())
 
@@ -160,7 +172,10 @@ def refusal(folder):
     ("entries", "message"),
     [
         ({"feed_forward_proj": "gated-silu"}, "feed_forward_proj is 'gated-silu'; a T5 of dro_jax"),
-        ({"dense_act_fn": "gelu"}, "dense_act_fn is 'gelu'; a T5 of dro_jax has 'relu' or 'gelu_n"),
+        ({"dense_act_fn": "gelu"}, "dense_act_fn is 'gelu'; a T5 of dro_jax has 'gelu_new'"),
+        ({"dense_act_fn": "relu"}, "dense_act_fn is 'relu'; a T5 of dro_jax has 'gelu_new'"),
+        ({"feed_forward_proj": "relu"}, "dense_act_fn is 'gelu_new'; a T5 of dro_jax has 'relu'"),
+        ({"is_gated_act": False}, "is_gated_act is False; a T5 of dro_jax has True"),
         ({"layer_norm_epsilon": 1e-5}, "layer_norm_epsilon is 1e-05; a T5 of dro_jax has 1e-06"),
         ({"d_kv": "absent"}, "lacks d_kv; give the config.json of the weights"),
         ({"d_kv": "five"}, "T5Config.head_dim is 'five': give a whole number of at least 1"),
@@ -180,6 +195,8 @@ def test_config_that_is_no_json(copied):
     folder = copied("v1_1")
     (folder / "config.json").write_text("{")
     assert "config.json: cannot be read as JSON" in refusal(folder)
+    (folder / "config.json").write_text('{"a":' * 10**5)
+    assert "config.json: cannot be read as JSON" in refusal(folder)
     (folder / "config.json").write_text("[]")
     assert "config.json: is JSON but no object" in refusal(folder)
 
@@ -198,6 +215,20 @@ def test_another_depth_names_what_is_absent_or_left_over(copied):
     folder = copied("v1_0")
     line = refusal(edit(folder, num_decoder_layers=1))
     assert "there and absent in such a model" in line
+
+
+def test_logits_that_are_no_table_s_copy_have_to_be_there(copied):
+    folder = copied("v1_1_sharded")
+    arrays = {}
+    for path in (GOLDEN / "v1_1_sharded").glob("*.safetensors"):
+        arrays |= safetensors_files.open_file(epath.Path(path))
+    del arrays["lm_head.weight"]
+    safetensors_files.write_file(epath.Path(folder / "model.safetensors"), arrays)
+    line = refusal(folder)
+    assert "lm_head.weight absent there and [136, 8] in such a model" in line
+    # A model of which transformers 5 says that they are.
+    edit(folder, tie_word_embeddings=True, scale_decoder_outputs=False)
+    opened(folder)
 
 
 def test_copies_of_the_embedding_have_to_be_copies(copied):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -217,6 +218,16 @@ def test_another_size_is_told_with_both_shapes(unpacked):
     assert "bias" not in message
 
 
+def test_no_heads_are_refused(unpacked):
+    folder = unpacked("v1_1_msgpack")
+
+    def empty(target):
+        target["encoder"]["relpos_bias"]["rel_embedding"] = np.zeros((0, 32), np.float32)
+
+    edit(folder, empty)
+    assert "T5Config.num_heads is 0" in refusal(folder)
+
+
 def test_another_model_is_no_t5(unpacked):
     folder = unpacked("v1_1_msgpack")
 
@@ -297,6 +308,34 @@ def test_a_damaged_orbax_checkpoint(lost, unpacked):
         else:
             path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     assert "is missing or damaged" in refusal(folder)
+
+
+def test_an_array_that_orbax_lists_has_to_be_there(unpacked):
+    """As where every array has a folder, which T5X wrote before it had OCDBT."""
+    folder = unpacked("v1_1")
+    before = arrays_of(opened(folder).policy)
+    state = folder / "checkpoint_5" / "state"
+    store = t5x_checkpoints.ts.KvStore.open(
+        {"driver": "ocdbt", "base": f"file://{state}/"}
+    ).result()
+    content = {key.decode(): bytes(store[key]) for key in store.list().result()}
+    (state / "manifest.ocdbt").unlink()
+    for name, value in content.items():
+        (state / name).parent.mkdir(exist_ok=True)
+        (state / name).write_bytes(value)
+    after = arrays_of(opened(folder).policy)
+    assert all(array.tobytes() == after[name].tobytes() for name, array in before.items())
+    shutil.rmtree(state / "target.decoder.logits_dense.kernel")
+    assert "decoder.logits_dense.kernel is missing or damaged (_METADATA lists it" in refusal(
+        folder
+    )
+    for damaged in (
+        "{",
+        '{"tree_metadata": [1]}',
+        '{"tree_metadata": {"x": {"key_metadata": []}}}',
+    ):
+        (state / "_METADATA").write_text(damaged)
+        assert "_METADATA" in refusal(folder)
 
 
 def test_what_is_no_checkpoint_is_not_found(tmp_path):

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -10,9 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from etils import epath
 
 from dro_jax.cli.configuration import shipped_configs
 from dro_jax.data import demonstration
+from dro_jax.interop import parameter_shapes
+from dro_jax.interop.stored_arrays import StoredArray
 from dro_jax.interop.t5x import checkpoints as t5x_checkpoints
 
 if importlib.util.find_spec("t5x") is None:
@@ -292,6 +296,41 @@ def test_microbatches_are_refused_where_the_batch_is_one(folder):
     assert not (folder / "refused" / "checkpoint_0").exists()
 
 
+REFUSED = """
+import numpy as np
+from t5x.examples.t5 import network
+from dro_jax.data.vocabulary import load_vocabulary
+from dro_jax.errors import UsageError
+from dro_jax.interop.t5x.alignment import AlignmentModel
+from dro_jax.training.algorithms import DroP
+
+def model(dropout_rate):
+    config = network.T5Config(vocab_size=260, dropout_rate=dropout_rate)
+    module, vocabulary = network.Transformer(config), load_vocabulary(None)
+    return AlignmentModel(module, vocabulary, vocabulary, None, DroP({arguments}), batch_size=8)
+
+packed = {{"rewards": np.zeros((8, 2))}}
+for refused in (
+    lambda: model(0.1),
+    lambda: model(0.0).loss_fn({{}}, packed, None),
+    lambda: model(0.0).eval_fn({{}}, packed),
+):
+    try:
+        refused()
+    except UsageError as error:
+        print(error)
+"""
+
+
+def test_dropout_and_packed_rows_are_refused(folder):
+    result = run(folder, "-c", REFUSED.format(arguments="tau=1.0"))
+    assert result.returncode == 0, result.stderr[-3000:]
+    dropout, *packed = result.stdout.splitlines()
+    assert dropout.startswith("network.T5Config.dropout_rate is 0.1: the loss is computed without")
+    said = "TASK_FEATURE_LENGTHS has rewards 2: rows are not packed inside T5X; give 1,"
+    assert [line[: len(said)] for line in packed] == [said, said]
+
+
 def test_a_checkpoint_of_another_size_is_refused(folder):
     line = refusal(folder, "dro_v", "v1_1_scanned", "never")
     assert "parameters are not those of network.T5Config: " in line
@@ -306,12 +345,62 @@ MODEL = @models.EncoderDecoderModel()
 """
 
 
-def test_t5x_s_own_model_reads_what_convert_wrote(folder):
-    convert = ("-m", "dro_jax.cli.main", "convert")
-    pieces = HERE / "golden" / "v1_1" / "spiece.model"
-    given = (f"--from={folder / 'v1_1_scanned'}", f"--vocabulary_file={pieces}")
-    run(folder, *convert, *given, f"--to={folder / 'run'}").check_returncode()
+CONVERT = ("-m", "dro_jax.cli.main", "convert")
+PIECES = HERE / "golden" / "v1_1" / "spiece.model"
+
+
+@pytest.fixture(scope="module")
+def with_value(folder):
+    """A run's folder: T5X's scanned model, and a value network beside it."""
+    source = t5x_checkpoints.open_model(t5x_checkpoints.find(folder / "v1_1_scanned"))
+    value = {
+        name: StoredArray(shape, lambda shape=shape: np.ones(shape, np.float32))
+        for name, shape in parameter_shapes.shapes(source.config, value=True).items()
+    }
+    place = epath.Path(folder / "with_value" / "checkpoint_0")
+    t5x_checkpoints.write_model(place, 0, source.policy, value, scan=False)
+    given = (f"--from={place}", f"--vocabulary_file={PIECES}", f"--to={folder / 'run'}")
+    run(folder, *CONVERT, *given).check_returncode()
     (folder / "ordinary.gin").write_text(ORDINARY)
+    return folder / "run"
+
+
+def test_fine_tuning_starts_from_what_convert_wrote_as_the_readme_says(folder, with_value):
+    to = (f"--from={with_value}", f"--to={folder / 'exported'}", "--format=t5x")
+    run(folder, *CONVERT, *to).check_returncode()
+    start = t5x_checkpoints.open_model(t5x_checkpoints.find(folder / "exported"))
+    assert start.value
+    readme = (HERE.parents[1] / "README.md").read_text()
+    (lines,) = re.findall(r"```python\n(utils.RestoreCheckpointConfig.*?)```", readme, re.S)
+    importing = "from __gin__ import dynamic_registration\nfrom t5x import utils\n"
+    (folder / "restoring.gin").write_text(importing + lines)
+    base = "t5x/examples/t5/t5_1_1/base.gin"
+    model = folder / "exported" / "model.gin"
+    runs = ["t5x/configs/runs/finetune.gin", "t5x/dro_v.gin"]
+    settings = {
+        "MODEL_DIR": str(folder / "fine_tuned"),
+        "TASK_FEATURE_LENGTHS": {"inputs": 13, "targets": 8},
+        "VOCABULARY_FILE": str(folder / "exported" / "vocabulary.model"),
+        "network.T5Config.dtype": "float32",
+        "TRAIN_STEPS": 1,
+        "USE_CACHED_TASKS": False,
+        "RANDOM_SEED": 0,
+        "utils.create_learning_rate_scheduler.warmup_steps": 1,
+        "train.train_eval_dataset_cfg": None,
+        "train.infer_eval_dataset_cfg": None,
+    }
+    files = [base, *runs, model, folder / "ordinary.gin", folder / "restoring.gin"]
+    result = run(folder, "-m", "t5x.train", *flags(folder, files, **settings))
+    assert result.returncode == 0, result.stderr[-3000:]
+    tuned = t5x_checkpoints.open_model(t5x_checkpoints.find(folder / "fine_tuned"))
+    assert not tuned.value
+    # A step of 0.001 times a parameter's size, at most: these are the exported weights, moved a little.
+    for name, array in start.policy.items():
+        moved = np.abs(tuned.policy[name].read() - array.read()).max()
+        assert 0 < moved < 0.02, name
+
+
+def test_t5x_s_own_model_reads_what_convert_wrote(folder, with_value):
     scores = {}
     for name, network in (
         ("v1_1_scanned", "scalable_t5"),
@@ -320,12 +409,12 @@ def test_t5x_s_own_model_reads_what_convert_wrote(folder):
     ):
         if name == "v1_1_scanned":
             place, model = folder / name / "checkpoint_5", folder / "t5x_scanned.gin"
-            vocabulary = pieces
+            vocabulary = PIECES
             scanned = TINY.replace("examples.t5", "examples.scalable_t5")
             model.write_text(scanned.replace("examples/t5", "examples/scalable_t5").format(2, 3))
         else:
-            to = (f"--from={folder / 'run'}", f"--to={folder / name}", f"--format={name}")
-            run(folder, *convert, *to).check_returncode()
+            to = (f"--from={with_value}", f"--to={folder / name}", f"--format={name}")
+            run(folder, *CONVERT, *to).check_returncode()
             place, model = folder / name / "checkpoint_0", folder / name / "model.gin"
             vocabulary = folder / name / "vocabulary.model"
         base = f"t5x/examples/{network}/t5_1_1/base.gin"

@@ -40,20 +40,21 @@ def test_the_same_ids(golden):
 
 def test_what_is_written_is_found_again(golden, tmp_path):
     path = found(golden.folder)
-    tokenizer_files.write_tokenizer(epath.Path(tmp_path), path)
+    size = huggingface.read_config(epath.Path(golden.folder))["vocab_size"]
+    tokenizer_files.write_tokenizer(epath.Path(tmp_path), path, size)
     shutil.copy(golden.folder / "config.json", tmp_path)
     again = found(tmp_path)
     assert (again is None) == (path is None)
     described = json.loads((tmp_path / "tokenizer_config.json").read_text())
     if path is None:
-        assert described == {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 0}
+        assert described == {"tokenizer_class": "ByT5Tokenizer", "extra_ids": 125}
     else:
         assert epath.Path(again).read_bytes() == epath.Path(path).read_bytes()
         names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
         assert described == {"tokenizer_class": "T5Tokenizer", "extra_ids": 100, **names}
 
 
-def test_other_numbers_than_t5_s_are_warned_of(tmp_path, caplog):
+def test_other_numbers_than_t5_s_are_refused(tmp_path):
     corpus = tmp_path / "corpus.txt"
     corpus.write_text("the quick brown fox\n")
     sentencepiece.SentencePieceTrainer.train(
@@ -64,13 +65,16 @@ def test_other_numbers_than_t5_s_are_warned_of(tmp_path, caplog):
         unk_id=1,
         eos_id=2,
         bos_id=-1,
-        eos_piece="[END]",
         minloglevel=2,
     )
-    tokenizer_files.write_tokenizer(epath.Path(tmp_path), str(tmp_path / "other.model"))
-    assert "here they are [0, 2, 1]" in caplog.text
-    described = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    assert described["eos_token"] == "[END]"
+    path = str(tmp_path / "other.model")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(UsageError) as refused:
+        tokenizer_files.write_tokenizer(epath.Path(tmp_path), path, 128)
+    assert str(refused.value).startswith(
+        f"{path}: has padding, end of sequence and unknown at [0, 2, 1], and transformers takes"
+    )
+    assert sorted(tmp_path.iterdir()) == before
 
 
 @pytest.mark.parametrize(
@@ -112,7 +116,7 @@ def test_other_sentinels(copied):
     assert "tokenizer_config.json: extra_ids is 0; a vocabulary of dro_jax" in refusal(folder)
 
 
-@pytest.mark.parametrize("number", [134, 40, 5])
+@pytest.mark.parametrize("number", [134, 40, 5, -1])
 def test_tokens_that_were_added(copied, number):
     expected = f"token {number} is '<mine>', which spiece.model with 100 sentinels does not have"
     folder = copied("v1_0")
@@ -133,6 +137,9 @@ def test_added_tokens_that_make_no_sense(copied):
     for listed in ({"x": {"content": "a"}}, {"1": "</s>"}, ["</s>"]):
         edit(folder / "tokenizer_config.json", added_tokens_decoder=listed)
         assert "lists as added tokens cannot be read; get them again" in refusal(folder)
+    folder = copied("v1_1")
+    (folder / "tokenizer.json").write_text('{"added_tokens": [{"id": 1e999, "content": "a"}]}')
+    assert "lists as added tokens cannot be read; get them again" in refusal(folder)
 
 
 def test_bytes_by_the_model_s_own_file(copied):

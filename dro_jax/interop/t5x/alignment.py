@@ -68,6 +68,11 @@ class AlignmentModel(models.EncoderDecoderModel):
                 f"module is of {type(module).__module__}: a run takes t5x.examples.t5's network.Transformer; "
                 "`dro_jax convert` brings a scanned checkpoint into its form"
             )
+        if module.config.dropout_rate:
+            raise UsageError(
+                f"network.T5Config.dropout_rate is {module.config.dropout_rate}: the loss is computed without dropout; "
+                "give DROPOUT_RATE = 0"
+            )
         if not algorithm.needs.reference or algorithm.needs.pairs:
             raise UsageError(
                 f"{name}: is not offered inside T5X, DRO-V, DRO-P and KTO are; use `dro_jax train`"
@@ -128,16 +133,11 @@ class AlignmentModel(models.EncoderDecoderModel):
           UsageError: if these are not the rows that were announced.
         """
         del dropout_rng
-        rows, examples = batch["rewards"].shape
+        rows = batch["rewards"].shape[0]
         if rows * self._parts != self._batch_size:
             raise UsageError(
                 f"a training step sees {rows} rows, where BATCH_SIZE is {self._batch_size} and NUM_MICROBATCHES "
                 f"{self._parts}; set those, which bind both data and trainer"
-            )
-        if examples > 1 and self._parts > 1:
-            raise UsageError(
-                f"NUM_MICROBATCHES is {self._parts}: packed rows hold differing numbers of examples, so that no part "
-                "has a known share in the mean; give None, or do not pack"
             )
         # T5X adds up the gradients of the parts; every row is one example, so that all parts count alike.
         return self._loss(params, batch, 1 / self._parts)
@@ -170,6 +170,12 @@ class AlignmentModel(models.EncoderDecoderModel):
     def _loss(
         self, params: Any, batch: Mapping[str, jax.Array], share: float
     ) -> tuple[jax.Array, models.MetricsMap]:
+        rows, most = batch["rewards"].shape
+        if most > 1:
+            raise UsageError(
+                f"TASK_FEATURE_LENGTHS has rewards {most}: rows are not packed inside T5X; give 1, and pack = False in "
+                "utils.DatasetConfig, or use `dro_jax train`"
+            )
         policy, value, reference = parts_of(params)
         batch = dict(batch)
         examples = step.example_arrays(
@@ -177,7 +183,6 @@ class AlignmentModel(models.EncoderDecoderModel):
         )
         loss, scalars = self._algorithm.loss(examples)
         loss = share * loss
-        rows = batch["rewards"].shape[0]
         return loss, {
             "loss": metrics.AveragePerStep(total=loss),
             **{

@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict
 
 from dro_jax.errors import UsageError
 from dro_jax.interop import parameter_shapes, stored_arrays
+from dro_jax.interop.huggingface import read_json
 from dro_jax.interop.stored_arrays import StoredArray, same_bits
 from dro_jax.networks import T5Config
 
@@ -62,11 +63,11 @@ def find(path: epath.PathLike) -> epath.Path | None:
     """The T5X checkpoint that a path names, None if there is none.
 
     Args:
-      path: T5X's MODEL_DIR (the newest is meant), one `checkpoint_<step>` in it, or a msgpack file.
+      path: T5X's MODEL_DIR (the newest is meant), one `checkpoint_<step>` in it, or its msgpack file `checkpoint`.
     """
     path = epath.Path(path)
     if path.is_file():
-        return path
+        return path if path.name == MSGPACK else None
     if _content(path) is not None:
         return path
     steps = [re.fullmatch(r"checkpoint_(\d+)", child.name) for child in path.iterdir()]
@@ -79,8 +80,9 @@ def find(path: epath.PathLike) -> epath.Path | None:
 def open_model(path: epath.Path) -> Model:
     """The T5 in a T5X checkpoint, under our names and in our layout.
 
-    The sizes follow from the parameters' shapes; a gated feed-forward layer is taken to be of GELU, and distances to
-    be told apart up to 128, as in all of T5X's T5s. A reference beside the policy is left aside.
+    The sizes follow from the parameters' shapes; a gated feed-forward layer is taken to be of GELU (`activations` may
+    know better), and distances to be told apart up to 128, as in all of T5X's T5s. A reference beside the policy is
+    left aside.
 
     Args:
       path: of `find`.
@@ -108,6 +110,18 @@ def open_model(path: epath.Path) -> Model:
                 "give a checkpoint of T5, T5 1.1, FLAN-T5 or mT5",
             )
     return Model(config, policy, value)
+
+
+def activations(path: epath.Path) -> tuple[str, ...] | None:
+    """T5X's mlp_activations by the config.gin of the run that a checkpoint lies in; None where that does not tell.
+
+    Args:
+      path: of `find`.
+    """
+    described = (path.parent if path.is_file() else path).parent / "config.gin"
+    text = described.read_bytes().decode(errors="replace") if described.exists() else ""
+    found = re.search(r"mlp_activations = \((.*)\)", text)
+    return tuple(re.findall(r"\w+", found[1])) if found else None
 
 
 def write_model(path: epath.Path, step: int, policy: Arrays, value: Arrays, *, scan: bool) -> None:
@@ -218,11 +232,24 @@ def _read_orbax(folder: epath.Path) -> Iterator[tuple[str, Any]]:
         keys = ts.KvStore.open(base).result().list().result()
     except (ValueError, OSError) as error:
         raise _damaged(folder, "the list of its arrays", error) from error
+    stored = set()
     for key in sorted(key.decode() for key in keys):
         name = key.removeprefix("target.").removesuffix("/.zarray")
         if key == f"target.{name}/.zarray":
             kvstore = {**base, "path": base.get("path", "") + f"target.{name}/"}
+            stored.add(name)
             yield name.replace(".", "/"), _open(folder, name, kvstore)
+    if not (folder / _METADATA).exists():
+        return
+    try:
+        for node in read_json(folder / _METADATA)["tree_metadata"].values():
+            item, *path = (key["key"] for key in node["key_metadata"])
+            name = ".".join(path)
+            empty = node["value_metadata"]["skip_deserialize"]
+            if item == "target" and name not in stored and not empty:
+                raise _damaged(folder, name, FileNotFoundError(f"{_METADATA} lists it"))
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise _damaged(folder, _METADATA, error) from error
 
 
 def _kvstore(folder: epath.Path) -> dict[str, Any]:
@@ -363,7 +390,8 @@ def _config(where: epath.Path, shapes: Mapping[str, tuple[int, ...]]) -> T5Confi
             vocab_size=vocab_size,
             emb_dim=emb_dim,
             num_heads=num_heads,
-            head_dim=shapes[f"{first}/attention/query/kernel"][1] // num_heads,
+            # No heads at all are refused by T5Config.
+            head_dim=shapes[f"{first}/attention/query/kernel"][1] // max(num_heads, 1),
             mlp_dim=shapes[f"{first}/mlp/wo/kernel"][0],
             num_encoder_layers=depths["encoder"],
             num_decoder_layers=depths["decoder"],
