@@ -175,7 +175,7 @@ def config_json(config: T5Config, *, eos_id: int) -> Json:
       eos_id: token of the end of sequence.
 
     Returns:
-      What both transformers 4 and 5 read as this model.
+      What both transformers 4 (tried: 4.57) and 5 read as this model.
     """
     activation = next(k for k, v in _ACTIVATIONS.items() if v == tuple(config.mlp_activations))
     return {
