@@ -68,8 +68,14 @@ SHORTEST_SECRET = 8
 GIVEN_UP_IN_A_ROW = 16
 """Questions without an answer, one after the other, after which the endpoint is taken to be out of order."""
 
+PROBE = ("What is 1 + 1?", "2", "3")
+"""Instruction and responses that no endpoint has a reason to refuse."""
+
 AHEAD = 4
 """Comparisons under way for each request that may be, so that a slow one does not hold up the others."""
+
+OF_THE_QUESTION = (400, 413, 422)
+"""Statuses with which an endpoint refuses one question, as too long or not to its taste, or else every one."""
 
 _FIELD = re.compile(r"\{([A-Za-z_]\w*)\}")
 _MARKUP = str.maketrans("", "", "*_`#[]")
@@ -141,7 +147,7 @@ class Usage:
 
     Attributes:
       requests: sent over the network, those that failed included.
-      replies: received and kept.
+      replies: received.
       cached: replies that were there already.
     """
 
@@ -155,12 +161,12 @@ class LlmJudge:
     """A judge that asks a language model, each comparison in both orders.
 
     Where the two orders give different verdicts, the verdict is a tie and `flipped`. A reply without a verdict is asked
-    for once more; then, as where the endpoint does not answer a question, the comparison has no verdict. Answers
-    that are the same, word for word, are a tie that nobody is asked about.
+    for once more; then, as where the endpoint does not answer or refuses a question, the comparison has no verdict.
+    Empty replies are not kept. Answers that are the same, word for word, are a tie that nobody is asked about.
 
-    Calling it raises UsageError for a request that the endpoint refuses, and JudgeUnavailableError where it does
-    not answer or limits requests for longer than `patience`: at once, and without the key. The next call with the
-    same cache pays for what is missing.
+    Calling it raises UsageError where the endpoint refuses whatever it is asked, and JudgeUnavailableError where it
+    does not answer or limits requests for longer than `patience`: at once, and without the key. The next call with
+    the same cache pays for what is missing.
 
     Attributes:
       endpoint: where the judge is.
@@ -331,8 +337,20 @@ class _Unanswered(Exception):
         self.gone = gone
 
 
+class _RefusedError(UsageError):
+    """A request that the endpoint does not take, be it for what is asked or for how.
+
+    Attributes:
+      answer: the endpoint's, in a few words.
+    """
+
+    def __init__(self, message: str, answer: str) -> None:
+        super().__init__(message)
+        self.answer = answer
+
+
 class _GivenUpError(Exception):
-    """A question that was sent as often as it may be."""
+    """A question that was sent as often as it may be, or that the endpoint does not take."""
 
 
 class _Questions:
@@ -346,6 +364,7 @@ class _Questions:
         self.stopped = stopped
         self.slots = asyncio.Semaphore(judge.concurrency)
         self.under_way: dict[str, asyncio.Task[str]] = {}
+        self.probe: asyncio.Task[str] | None = None
         self.client = _client(judge)
         self.paused_until = 0.0
         self.answered_once = False
@@ -373,7 +392,7 @@ class _Questions:
                 self._one_order(prompt, a, b), self._one_order(prompt, b, a)
             )
         except _GivenUpError as error:
-            return Verdict(None, f"given up: {error}")
+            return Verdict(None, f"given up: {error}", unanswered=True)
         except Exception as error:
             if not self.stopped.done():
                 self.stopped.set_exception(error)
@@ -381,29 +400,31 @@ class _Questions:
         exchanged: dict[Winner | None, Winner] = {"A": "B", "B": "A", "tie": "tie"}
         if first is None or second is None:
             unusable = reason if first is None else other_reason
+            if not unusable:
+                return Verdict(None, "the reply is empty", unanswered=True)
             return Verdict(None, f"no verdict in the reply: {unusable[:500]}")
         if exchanged[second] == first:
-            return Verdict(first, reason)
+            return Verdict(first, reason, flipped=False)
         return Verdict("tie", f"{reason}\n\nWith A and B exchanged: {other_reason}", flipped=True)
 
     async def _one_order(self, prompt: str, a: str, b: str) -> tuple[Winner | None, str]:
         question = render(self.judge.template, prompt, a, b)
-        reply = await self._reply(question)
-        verdict = parse_verdict(reply)
-        if verdict is None:
-            reply = await self._reply(question + REMINDER)
+        try:
+            reply = await self._reply(question)
             verdict = parse_verdict(reply)
+            if verdict is None:
+                reply = await self._reply(question + REMINDER)
+                verdict = parse_verdict(reply)
+        except _RefusedError as refusal:
+            # An over-long question would be refused for ever, and must not end the evaluation each time.
+            self._tell("refuses a question", f" ({refusal.answer}); going on without its verdict")
+            raise _GivenUpError(f"refused ({refusal.answer})") from None
         return verdict, reply.strip()
 
     async def _reply(self, question: str) -> str:
         """The reply to a question: from the cache, from a request under way, or from a new one."""
-        endpoint = self.judge.endpoint
-        body = {
-            "model": endpoint.model,
-            "messages": [{"role": "user", "content": question}],
-            "temperature": TEMPERATURE,
-        }
-        key = hashlib.sha256(json.dumps([endpoint.url, body]).encode()).hexdigest()
+        body = self._body(question)
+        key = hashlib.sha256(json.dumps([self.judge.endpoint.url, body]).encode()).hexdigest()
         kept = self.replies.get(key)
         if kept is not None:
             self.judge.usage.cached += 1
@@ -414,41 +435,69 @@ class _Questions:
             self.under_way[key].add_done_callback(lambda _: self.under_way.pop(key))
         return await self.under_way[key]
 
+    def _body(self, question: str) -> dict[str, Any]:
+        return {
+            "model": self.judge.endpoint.model,
+            "messages": [{"role": "user", "content": question}],
+            "temperature": TEMPERATURE,
+        }
+
     async def _pay(self, key: str, body: str) -> str:
-        """Sends a question until it is answered, and keeps the reply."""
-        judge, clock = self.judge, asyncio.get_running_loop().time
-        faults, limits, held_up = 0, 0, 0.0
+        """Has a question answered, and keeps the reply."""
         # Held between tries too: an endpoint in trouble is not asked other things meanwhile.
         async with self.slots:
-            while True:
-                while (left := self.paused_until - clock()) > 0:
-                    await asyncio.sleep(left)
-                try:
-                    reply = await self._send(body)
-                    break
-                except _Unanswered as problem:
-                    self._tell(problem)
-                    limits += problem.limited
-                    faults += not problem.limited
-                    if faults == judge.tries:
-                        raise self._give_up(problem) from None
-                    delay = self._delay(problem, limits if problem.limited else faults)
-                    if problem.limited or problem.delay is not None:
-                        held_up += delay
-                    if held_up > judge.patience:
-                        raise JudgeUnavailableError(
-                            f"{judge.endpoint.url}: {problem}, and asks to wait for longer than {judge.patience:g} s; "
-                            "what was answered is kept: run the same command later"
-                        ) from None
-                    if problem.limited:
-                        # The limit is for all questions.
-                        self.paused_until = max(self.paused_until, clock() + delay)
-                    else:
-                        await asyncio.sleep(delay)
-        self.replies.put(key, reply)
-        judge.usage.replies += 1
+            try:
+                reply = await self._answer(body)
+            except _RefusedError:
+                if not self.answered_once:
+                    await self._probe()
+                raise
+        # What a filter or a limit left nothing of is worth another request.
+        if reply:
+            self.replies.put(key, reply)
+        self.judge.usage.replies += 1
         self._answered()
         return reply
+
+    async def _probe(self) -> None:
+        """Raises what the endpoint does about a question that nobody has a reason to refuse."""
+        if self.probe is None:
+            question = render(self.judge.template, *PROBE)
+            self.probe = asyncio.ensure_future(self._answer(json.dumps(self._body(question))))
+        try:
+            await self.probe
+        except _RefusedError as refusal:
+            raise UsageError(str(refusal)) from None
+        self._answered()
+
+    async def _answer(self, body: str) -> str:
+        """Sends a question until it is answered."""
+        judge, clock = self.judge, asyncio.get_running_loop().time
+        faults, limits, held_up = 0, 0, 0.0
+        while True:
+            while (left := self.paused_until - clock()) > 0:
+                await asyncio.sleep(left)
+            try:
+                return await self._send(body)
+            except _Unanswered as problem:
+                self._tell(str(problem), "; trying again")
+                limits += problem.limited
+                faults += not problem.limited
+                if faults == judge.tries:
+                    raise self._give_up(problem) from None
+                delay = self._delay(problem, limits if problem.limited else faults)
+                if problem.limited or problem.delay is not None:
+                    held_up += delay
+                if held_up > judge.patience:
+                    raise JudgeUnavailableError(
+                        f"{judge.endpoint.url}: {problem}, and asks to wait for longer than {judge.patience:g} s; "
+                        "what was answered is kept: run the same command later"
+                    ) from None
+                if problem.limited:
+                    # The limit is for all questions.
+                    self.paused_until = max(self.paused_until, clock() + delay)
+                else:
+                    await asyncio.sleep(delay)
 
     def _delay(self, problem: _Unanswered, times: int) -> float:
         if problem.delay is not None:
@@ -469,11 +518,11 @@ class _Questions:
             "What was answered is kept: the same command goes on"
         )
 
-    def _tell(self, problem: _Unanswered) -> None:
+    def _tell(self, problem: str, details: str) -> None:
         # Once for each kind: a busy endpoint says the same a thousand times.
-        if str(problem) not in self.told:
-            self.told.add(str(problem))
-            logger.warning("%s: %s; trying again", self.judge.endpoint.url, problem)
+        if problem not in self.told:
+            self.told.add(problem)
+            logger.warning("%s: %s%s", self.judge.endpoint.url, problem, details)
 
     async def _send(self, body: str) -> str:
         """Sends one request.
@@ -483,7 +532,8 @@ class _Questions:
 
         Raises:
           _Unanswered: if it may be sent again.
-          UsageError: if the endpoint refuses it.
+          _RefusedError: if the endpoint does not take it, though it might take another.
+          UsageError: if it would take no other either.
         """
         judge, endpoint = self.judge, self.judge.endpoint
         judge.usage.requests += 1
@@ -553,7 +603,8 @@ def _refusal(endpoint: Endpoint, response: httpx.Response, body: bytes) -> Excep
         429: "the account has no money left: raise its limit, and the same command goes on",
     }
     remedy = remedies.get(status, f"check OPENAI_BASE_URL and DRO_JAX_JUDGE_MODEL={endpoint.model}")
-    return UsageError(f"{endpoint.url}: refuses the request ({answer}); {remedy}")
+    message = f"{endpoint.url}: refuses the request ({answer}); {remedy}"
+    return _RefusedError(message, answer) if status in OF_THE_QUESTION else UsageError(message)
 
 
 def _error_message(body: bytes) -> str:
