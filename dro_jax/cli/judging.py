@@ -18,8 +18,9 @@ from dro_jax.cli.run_folder import REFERENCE, facts_of_reference, make_directory
 from dro_jax.data.packing import Example, packed_batches
 from dro_jax.data.vocabulary import encode_completion, encode_prompt
 from dro_jax.errors import UsageError
+from dro_jax.evaluation.chat_completions import Endpoint
 from dro_jax.evaluation.judges import Judge, Reward, judge_by_reward
-from dro_jax.evaluation.llm_judge import TEMPLATE, Endpoint, LlmJudge, check_template
+from dro_jax.evaluation.llm_judge import TEMPLATE, LlmJudge, check_template
 from dro_jax.networks.sharding import laid_over
 from dro_jax.training import checkpoints, loop, partitioning
 from dro_jax.training.algorithms import DroV

@@ -1,5 +1,6 @@
 """Nothing is lost: kills, full disks, and processes that come, go and hang."""
 
+import json
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ import pytest
 import tensorflow as tf
 from kills import STEPS, command, environment, kill_repeatedly, write_feedback
 
+from dro_jax.cli import generate
 from dro_jax.training import checkpoints
 
 
@@ -82,6 +84,53 @@ class Pair:
         while text not in self.text():
             assert self.processes[0].poll() is None, self.text()
             time.sleep(0.05)
+
+
+def test_two_processes_keep_the_checkpoint_that_wins_most(work, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "evaluation"))
+    import judge_server
+
+    folder = work / "judged"
+
+    def respond(request):
+        evaluated = {path.name.split("_")[1] for path in (folder / "side_by_side").glob("step_*")}
+        if evaluated == {"2", "4"}:
+            request.send(429, b"", Retry_After="3600")
+        else:
+            judge_server.prefer_longer(request)
+
+    judged = (
+        "--gin.JUDGE='llm'",
+        "--gin.win_rates.WinRate.prompts=5",
+        "--gin.loop.Periods.evaluate=2",
+        "--gin.loop.Periods.checkpoint=2",
+        "--gin.feedback.FeedbackFile.validation_fraction=0.2",
+        "--gin.TRAIN_STEPS=6",
+        # At which two steps change the answers.
+        "--gin.POLICY_LEARNING_RATE=0.1",
+        "--gin.optimizers.Adafactor.warmup_steps=1",
+        "--gin.train.train.keep_last=9",
+    )
+    monkeypatch.setenv("DRO_JAX_JUDGE_MODEL", "oracle")
+    with judge_server.serving(respond) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+        pair = Pair(work, folder, *judged)
+        assert pair.wait() == [0, 0], pair.text() + pair.text(1)
+        # What process 0 asks no other asks again.
+        assert len(server.questions) <= 2 + 3 * 2 * 5
+    rates = [checkpoints.read_meta(folder, step)["win_rate"] for step in (2, 4, 6)]
+    assert [rate is None for rate in rates] == [False, True, False]
+    assert "no win rate of step 4, and training goes on" in " ".join(pair.text().split())
+    best = 6 if rates[2] >= rates[0] else 2
+    assert checkpoints.find(folder / "best") == (folder, best)
+    # Every process samples what one process would.
+    policy = generate.load_policy(str(folder / "checkpoint_6"))
+    (path,) = (folder / "side_by_side").glob("step_6_*")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    decoding = generate.Decoding(policy.lengths["targets"])
+    prompts = [row["prompt"] for row in rows]
+    expected = generate.complete(policy, prompts, decoding, seed=1, batch_size=32)
+    assert [row["completion"] for row in rows] == [completion.text for completion in expected]
 
 
 def recorded(work: Path, folder: Path, *extra: str) -> list[str]:

@@ -19,12 +19,11 @@ import pytest
 from judge_server import Request, prefer_longer, serving
 
 from dro_jax.errors import UsageError
-from dro_jax.evaluation import llm_judge
+from dro_jax.evaluation import chat_completions, llm_judge
+from dro_jax.evaluation.chat_completions import Endpoint, JudgeUnavailableError
 from dro_jax.evaluation.judges import Comparison
 from dro_jax.evaluation.llm_judge import (
     TEMPLATE,
-    Endpoint,
-    JudgeUnavailableError,
     LlmJudge,
     check_template,
     parse_verdict,
@@ -391,7 +390,7 @@ def test_questions_given_up_here_and_there_end_nothing(make_judge):
         verdicts = list(make_judge(server, tries=1)(comparisons(60)))
     expected = [None if i % 5 == 1 else winner for i, winner in enumerate(EXPECTED * 20)]
     assert winners(verdicts) == expected
-    assert sum(winner is None for winner in expected) * 2 > llm_judge.GIVEN_UP_IN_A_ROW
+    assert sum(winner is None for winner in expected) * 2 > chat_completions.GIVEN_UP_IN_A_ROW
 
 
 def nobody():
@@ -443,7 +442,7 @@ def test_an_endpoint_that_is_out_of_order_ends_the_evaluation(make_judge):
         verdicts = make_judge(server, tries=2)(comparisons(100))
         with pytest.raises(JudgeUnavailableError, match=r"the server answered 502, 2 times"):
             list(verdicts)
-        assert len(server.requests) <= 10 + 2 * (llm_judge.GIVEN_UP_IN_A_ROW + 8)
+        assert len(server.requests) <= 10 + 2 * (chat_completions.GIVEN_UP_IN_A_ROW + 8)
 
 
 # Rate limits.
@@ -600,7 +599,7 @@ def test_a_question_that_is_refused_alone_ends_nothing(make_judge, status, place
         assert verdicts[place].reason == f"given up: refused ({status}: context of 5000 tokens)"
         (told,) = caplog.messages
         assert told.endswith(
-            f": refuses a question ({status}: context of 5000 tokens); going on without its verdict"
+            f": refuses a question ({status}: context of 5000 tokens); going on without its reply"
         )
         # And so it is again, for the price of a refusal.
         before = len(server.requests)
@@ -760,7 +759,8 @@ HEED_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_ha
 PROGRAM = """
 import os, sys
 from dro_jax.evaluation.judges import Comparison
-from dro_jax.evaluation.llm_judge import Endpoint, LlmJudge
+from dro_jax.evaluation.chat_completions import Endpoint
+from dro_jax.evaluation.llm_judge import LlmJudge
 
 url, cache, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 endpoint = Endpoint(url, "judge-1", os.environ["OPENAI_API_KEY"])
