@@ -131,8 +131,8 @@ def train(
       periods: how often to log, evaluate and save.
       keep_last: newest checkpoints to keep.
       keep_every: keep checkpoints at multiples of this for ever; None keeps only the newest.
-      stall_seconds: the longest that a step, its evaluation and its saving may take: after that the process ends,
-        as one of several that waits for another would wait for ever.
+      stall_seconds: the longest that a step, an answer or a verdict of its evaluation, or its saving may take: after
+        that the process ends, as one of several that waits for another would wait for ever.
       compilation_cache_dir: where compiled programs are kept, so that a later start with the same settings, versions
         and devices need not compile them; None keeps none. Whoever may write there may have this process run
         anything.

@@ -86,46 +86,48 @@ class Pair:
             time.sleep(0.05)
 
 
+JUDGE = """
+import json, os, pathlib
+
+def judge(prompts, answers):
+    folder = pathlib.Path(__file__).parent
+    with open(folder / "asked", "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    answered = {path.name.split("_")[1]: path for path in folder.glob("judged/side_by_side/step_*")}
+    if sorted(answered) == ["2", "4"]:
+        raise ValueError("out of order")
+    # Step 2 wins.
+    rows = answered["2"].read_text().splitlines() if list(answered) == ["2"] else []
+    liked = {json.loads(row)["completion"] for row in rows}
+    return [sum(map(ord, answer)) % 7 + 10 * (answer in liked) for answer in answers]
+"""
+
+
 def test_two_processes_keep_the_checkpoint_that_wins_most(work, monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "evaluation"))
-    import judge_server
-
     folder = work / "judged"
-
-    def respond(request):
-        evaluated = {path.name.split("_")[1] for path in (folder / "side_by_side").glob("step_*")}
-        if evaluated == {"2", "4"}:
-            request.send(429, b"", Retry_After="3600")
-        else:
-            judge_server.prefer_longer(request)
-
-    judged = (
-        "--gin.JUDGE='llm'",
+    (work / "judge_of_two.py").write_text(JUDGE)
+    monkeypatch.setenv("PYTHONPATH", str(work), prepend=os.pathsep)
+    pair = Pair(
+        work,
+        folder,
+        "--gin.JUDGE='reward:judge_of_two:judge'",
         "--gin.win_rates.WinRate.prompts=5",
         "--gin.loop.Periods.evaluate=2",
         "--gin.loop.Periods.checkpoint=2",
         "--gin.feedback.FeedbackFile.validation_fraction=0.2",
         "--gin.TRAIN_STEPS=6",
-        # At which two steps change the answers.
-        "--gin.POLICY_LEARNING_RATE=0.1",
-        "--gin.optimizers.Adafactor.warmup_steps=1",
-        "--gin.train.train.keep_last=9",
+        "--gin.train.train.keep_last=1",
     )
-    monkeypatch.setenv("DRO_JAX_JUDGE_MODEL", "oracle")
-    with judge_server.serving(respond) as server:
-        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
-        pair = Pair(work, folder, *judged)
-        assert pair.wait() == [0, 0], pair.text() + pair.text(1)
-        # What process 0 asks no other asks again.
-        assert len(server.questions) <= 2 + 3 * 2 * 5
-    rates = [checkpoints.read_meta(folder, step)["win_rate"] for step in (2, 4, 6)]
-    assert [rate is None for rate in rates] == [False, True, False]
+    assert pair.wait() == [0, 0], pair.text() + pair.text(1)
+    # The others are told.
+    assert set((work / "asked").read_text().split()) == {str(pair.processes[0].pid)}
     assert "no win rate of step 4, and training goes on" in " ".join(pair.text().split())
-    best = 6 if rates[2] >= rates[0] else 2
-    assert checkpoints.find(folder / "best") == (folder, best)
-    # Every process samples what one process would.
-    policy = generate.load_policy(str(folder / "checkpoint_6"))
-    (path,) = (folder / "side_by_side").glob("step_6_*")
+    assert "raised ValueError: out of order" in pair.text()
+    assert checkpoints.steps(folder) == [2, 6]
+    assert checkpoints.find(folder / "best") == (folder, 2)
+    # All of them sample what one would.
+    policy = generate.load_policy(str(folder / "best"))
+    (path,) = (folder / "side_by_side").glob("step_2_*")
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     decoding = generate.Decoding(policy.lengths["targets"])
     prompts = [row["prompt"] for row in rows]
