@@ -68,7 +68,7 @@ class Run:
     """A checkpoint to sample from, before its weights are read.
 
     Attributes:
-      path: as the person named it.
+      path: as the person named it; what is there may be another checkpoint a moment later.
       directory: folder of the checkpoint.
       step: its step.
       meta: its facts.
@@ -80,6 +80,10 @@ class Run:
     step: int
     meta: checkpoints.Meta
     name: str
+
+    def checkpoint(self) -> str:
+        """The folder of this checkpoint alone."""
+        return str(self.directory / f"checkpoint_{self.step}")
 
     def weights(self) -> str:
         """What identifies its policy, equal to `checkpoints.weights_digest` of it."""
@@ -348,10 +352,10 @@ def sample(
     path = folder / f"{re.sub(r'[^A-Za-z0-9._-]+', '_', source.name)}-{digest}.jsonl"
     rows = read_rows(path, prompts)
     if len(rows) < len(prompts):
-        policy = load_policy(source.path, sampling.partitioning())
+        policy = load_policy(source.checkpoint(), sampling.partitioning())
         reference = None
         if base is not None and base.weights() != source.weights():
-            reference = load_policy(base.path, sampling.partitioning())
+            reference = load_policy(base.checkpoint(), sampling.partitioning())
         sample_rest(policy, reference, prompts, rows, decoding, sampling, path, source.name)
     ratios = None
     if base is not None:

@@ -14,12 +14,13 @@ import numpy as np
 from etils import epath
 
 from dro_jax.cli.generate import layout_of, load_policy
-from dro_jax.cli.run_folder import REFERENCE, facts_of_reference
+from dro_jax.cli.run_folder import REFERENCE, facts_of_reference, make_directory
 from dro_jax.data.packing import Example, packed_batches
 from dro_jax.data.vocabulary import encode_completion, encode_prompt
 from dro_jax.errors import UsageError
+from dro_jax.evaluation.chat_completions import Endpoint
 from dro_jax.evaluation.judges import Judge, Reward, judge_by_reward
-from dro_jax.evaluation.llm_judge import TEMPLATE, Endpoint, LlmJudge, check_template
+from dro_jax.evaluation.llm_judge import TEMPLATE, LlmJudge, check_template
 from dro_jax.networks.sharding import laid_over
 from dro_jax.training import checkpoints, loop, partitioning
 from dro_jax.training.algorithms import DroV
@@ -40,7 +41,7 @@ def load_judge(name: str, *, cache: str | os.PathLike[str]) -> Judge:
     Args:
       name: one of `NAMES`. "llm" asks the endpoint that OPENAI_BASE_URL, OPENAI_API_KEY and DRO_JAX_JUDGE_MODEL
         describe, and is an `LlmJudge`; see `learnt_reward` for the judges by a run's reward, and `function_reward`.
-      cache: file for the replies of a language model.
+      cache: file for the replies of a language model, see `local_file`.
 
     Returns:
       The judge, checked as far as that is possible without a comparison.
@@ -50,12 +51,27 @@ def load_judge(name: str, *, cache: str | os.PathLike[str]) -> Judge:
     """
     kind, _, rest = name.partition(":")
     if kind == "llm":
-        return LlmJudge(endpoint_of_environment(), cache, read_template(rest) if rest else TEMPLATE)
+        template = read_template(rest) if rest else TEMPLATE
+        return LlmJudge(endpoint_of_environment(), local_file(cache), template)
     if kind in ("implied_reward", "value") and rest:
         return judge_by_reward(learnt_reward(rest, with_value=kind == "value"))
     if kind == "reward" and rest:
         return judge_by_reward(function_reward(rest))
     raise UsageError(f"--judge={name}: there is no such judge; give {NAMES}")
+
+
+def local_file(cache: str | os.PathLike[str]) -> str:
+    """Where a file of replies lies: where it is said to, or for a place in a bucket in the person's own cache folder.
+
+    SQLite cannot write to a bucket. Replies are kept by what was asked, so that all runs may share the one file.
+    """
+    path = os.fspath(cache)
+    if "://" not in path:
+        return path
+    folder = epath.Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dro_jax"
+    make_directory(folder)
+    logger.warning("a bucket cannot hold the judge's replies: they are kept in %s", folder)
+    return str(folder / epath.Path(path).name)
 
 
 def endpoint_of_environment() -> Endpoint:
@@ -146,9 +162,10 @@ def learnt_reward(checkpoint: str, *, with_value: bool) -> Reward:
     Raises:
       UsageError: if the run has no reference, or no such V.
     """
-    policy = load_policy(checkpoint)
-    config, vocabulary, lengths = policy.config, policy.vocabulary, policy.lengths
+    # Found once: a run that is still training has another newest checkpoint a moment later.
     directory, at = checkpoints.find(checkpoint)
+    policy = load_policy(str(directory / f"checkpoint_{at}"))
+    config, vocabulary, lengths = policy.config, policy.vocabulary, policy.lengths
     meta = checkpoints.read_meta(directory, at)
     settings = meta.get("settings", {})
     if "TAU" not in settings or not checkpoints.steps(directory / REFERENCE):

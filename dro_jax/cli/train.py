@@ -66,7 +66,8 @@ SIDE_BY_SIDE = {
     "side_by_side/win_rate": "win rate over the reference",
     "side_by_side/win_rate_standard_error": "standard error",
     "side_by_side/ties": "ties",
-    "side_by_side/unanswered": "no verdict",
+    "side_by_side/no_verdict": "no verdict",
+    "side_by_side/unanswered": "not answered",
 }
 
 STEP_0_SPREAD = 0.05
@@ -130,8 +131,8 @@ def train(
       periods: how often to log, evaluate and save.
       keep_last: newest checkpoints to keep.
       keep_every: keep checkpoints at multiples of this for ever; None keeps only the newest.
-      stall_seconds: the longest that a step, its evaluation and its saving may take: after that the process ends,
-        as one of several that waits for another would wait for ever.
+      stall_seconds: the longest that a step, an answer or a verdict of its evaluation, or its saving may take: after
+        that the process ends, as one of several that waits for another would wait for ever.
       compilation_cache_dir: where compiled programs are kept, so that a later start with the same settings, versions
         and devices need not compile them; None keeps none. Whoever may write there may have this process run
         anything.
@@ -196,6 +197,8 @@ def train(
             "CACHE_DIR": cache_dir,
             **{f"FeedbackFile.{name}": value for name, value in vars(feedback).items()},
             **{name.upper(): value for name, value in vars(algorithm).items()},
+            # Win rates of two judges, prompts or temperatures are not comparable.
+            **(win_rate.settings(jury.name) if jury is not None else {}),
         },
     }
     transforms = optimizer.transforms()
@@ -338,8 +341,9 @@ def train(
     rates: dict[int, float] = {}
 
     def evaluate(done: int, state: train_state.TrainState) -> None:
-        if hold_against_reference is not None:
-            scalars = hold_against_reference(done, state.policy)
+        if hold_against_reference is not None and (
+            scalars := hold_against_reference(done, state.policy, alive)
+        ):
             if "side_by_side/win_rate" in scalars:
                 rates[done] = scalars["side_by_side/win_rate"]
             for writer in writers[1:]:

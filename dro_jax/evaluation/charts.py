@@ -63,6 +63,9 @@ STYLE: Any = {
     "figure.constrained_layout.use": True,
 }
 
+FOLD_HEIGHT = 0.16
+"""Of the line of a fold, in rows of `intervals`."""
+
 WIDTH = 4.8
 """Inches. On a phone a chart is about two thirds as wide, and its text still legible."""
 
@@ -79,23 +82,24 @@ LOSSES = (
 
 
 def intervals(report: Report) -> str:
-    """Each pair's win rate with its interval, and the win rates of its folds."""
+    """Each pair's win rate with its interval, and below it those of its folds."""
     pairs = [pair.swapped() if pair.win_rate < 0.5 else pair for pair in report.pairs]
+    height = 1 + FOLD_HEIGHT * len(report.folds)
     with mpl.rc_context(STYLE):
-        figure = Figure((WIDTH, 0.7 + 0.5 * len(pairs)))
+        figure = Figure((WIDTH, 0.7 + 0.5 * height * len(pairs)))
         axes = figure.add_subplot()
         axes.grid(False)
         axes.axvline(50, color=MUTED, linewidth=0.8, linestyle=(0, (3, 3)))
         for row, pair in enumerate(pairs):
-            _interval(axes, row, pair)
-        axes.set_ylim(len(pairs) - 0.45, -0.75)
+            _interval(axes, height * row, pair)
+        axes.set_ylim(height * len(pairs) - 0.6, -0.75)
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
         axes.set_xlabel("win rate, %")
         return to_svg(figure, "Win rates of all pairs with intervals and folds")
 
 
-def _interval(axes: Axes, row: int, pair: Pair) -> None:
+def _interval(axes: Axes, row: float, pair: Pair) -> None:
     axes.annotate(
         plain(f"{pair.first} over {pair.second}"),
         (0, row - 0.26),
@@ -103,9 +107,11 @@ def _interval(axes: Axes, row: int, pair: Pair) -> None:
         va="bottom",
         bbox={"facecolor": SURFACE, "edgecolor": "none", "pad": 1},
     )
-    rates = [100 * rate for rate in pair.fold_rates]
-    axes.plot(rates, [row] * len(rates), "|", color=MUTED, markersize=11, markeredgewidth=1.2)
     axes.plot([100 * end for end in pair.interval], [row, row], color=SERIES[0], linewidth=2)
+    for fold, (rate, ends) in enumerate(zip(pair.fold_rates, pair.fold_intervals, strict=True), 1):
+        below = row + 0.08 + FOLD_HEIGHT * fold
+        axes.plot([100 * end for end in ends], [below, below], color=MUTED, linewidth=0.8)
+        axes.plot(100 * rate, below, "o", color=MUTED, markersize=2.4)
     axes.plot(100 * pair.win_rate, row, "o", color=SERIES[0], markersize=6)
 
 

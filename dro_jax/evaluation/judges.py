@@ -35,12 +35,15 @@ class Verdict:
       winner: the better answer; None where the judge gave no verdict that can be used. Those are to be counted,
         and are neither a win nor a tie.
       reason: in the judge's words, "" for none.
-      flipped: the judge was asked in both orders and did not say the same; the winner is then "tie".
+      flipped: whether the judge, asked in both orders, did not say the same (the winner is then "tie"); None where it
+        was not asked in both, or one of its replies had no verdict.
+      unanswered: there is no verdict because the judge did not answer, and not because of what it answered.
     """
 
     winner: Winner | None
     reason: str = ""
-    flipped: bool = False
+    flipped: bool | None = None
+    unanswered: bool = False
 
 
 Judge = Callable[[Sequence[Comparison]], Iterator[Verdict]]

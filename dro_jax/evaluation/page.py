@@ -110,7 +110,7 @@ def _cell(place: int, pair: Pair) -> str:
 
 def _charts(report: Report) -> str:
     drawn = [
-        ("Win rates with 95% intervals; the strokes are folds.", charts.intervals(report)),
+        ("Win rates with 95% intervals; the thin ones are folds.", charts.intervals(report)),
         ("Lengths of answers.", charts.lengths(report)),
     ]
     plane = charts.plane(report)
@@ -177,7 +177,7 @@ def _data(report: Report) -> str:
         {
             "policies": places,
             "winners": "".join(_LETTERS[verdict.winner] for verdict in verdicts),
-            "flipped": [int(verdict.flipped) for verdict in verdicts],
+            "flipped": [int(verdict.flipped is True) for verdict in verdicts],
             "reasons": [verdict.reason for verdict in verdicts]
             if any(verdict.reason for verdict in verdicts)
             else None,

@@ -137,7 +137,8 @@ def make_report(
             policies[first].name,
             policies[second].name,
             np.array([SCORES[verdict.winner] for verdict in given]),
-            np.array([verdict.flipped for verdict in given]),
+            [verdict.flipped for verdict in given],
+            [verdict.unanswered for verdict in given],
             (policies[first].lengths(), policies[second].lengths()),
             folds,
         )
@@ -234,8 +235,24 @@ def notes(report: Report) -> list[str]:
             f"{repeated} prompts repeat another: intervals and p take them for independent, which makes both bolder "
             "than they should be."
         )
+    judged = [pair for pair in report.pairs if not math.isnan(pair.win_rate)]
+    if any(math.isnan(pair.length_controlled) for pair in judged):
+        said.append(
+            "There is no length-controlled win rate where one policy's answers are always longer by about as much: "
+            "nothing is known about equal lengths."
+        )
+    if any(pair.both_orders for pair in report.pairs):
+        said.append(
+            "Flips: verdicts that changed when the answers changed places, and their share of those asked for in both "
+            "orders. They count as ties."
+        )
     if any(pair.unjudged for pair in report.pairs):
         said.append("Prompts without a verdict are left out of every rate.")
+    if any(pair.unanswered for pair in report.pairs):
+        said.append(
+            "Not answered: of those, questions that the judge refused, or that brought no reply. The same command asks "
+            "them again."
+        )
     if setting.no_reference:
         said.append(f"No KL: {setting.no_reference}.")
     elif setting.samples_policy:
@@ -243,6 +260,11 @@ def notes(report: Report) -> list[str]:
             "KL to the reference is the mean of log π(y|x)/π_ref(y|x) over the answers, nats a sequence, with its "
             "standard error: an estimate without bias, since the answers are drawn from the policy itself."
         )
+        if any(policy.cut for policy in report.policies):
+            said.append(
+                "Where answers were cut, it is the KL of answers as far as the limit of tokens: at most that of "
+                "whole ones."
+            )
     else:
         said.append(
             "The log-ratio to the reference is the mean of log π(y|x)/π_ref(y|x) over the answers. It is no "
@@ -334,7 +356,6 @@ def pair_rows(report: Report) -> list[list[str]]:
     rows = []
     for pair in report.pairs:
         pair = pair.swapped() if pair.win_rate < 0.5 else pair
-        judged = pair.wins + pair.ties + pair.losses
         deviation = "" if math.isnan(pair.fold_deviation) else f" ± {100 * pair.fold_deviation:.1f}"
         rows.append(
             [
@@ -347,8 +368,9 @@ def pair_rows(report: Report) -> list[list[str]]:
                 str(pair.wins),
                 str(pair.ties),
                 str(pair.losses),
-                f"{pair.flips} ({pair.flips / judged:.1%})" if judged else "-",
-                str(pair.unjudged),
+                f"{pair.flips} ({pair.flips / pair.both_orders:.1%})" if pair.both_orders else "-",
+                str(pair.unjudged)
+                + (f" ({pair.unanswered} not answered)" if pair.unanswered else ""),
             ]
         )
     return rows

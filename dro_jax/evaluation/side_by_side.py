@@ -22,6 +22,9 @@ CONFIDENCE = 0.95
 _PRIOR_DEVIATION = 10.0
 """Of the normal prior on the coefficients of `length_controlled_win_rate`: it binds only where the data separate."""
 
+_LEAST_VARIATION = 0.1
+"""Standard deviation over mean. Below, the win rate at equal lengths is ten times as uncertain as the win rate is."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
@@ -34,10 +37,13 @@ class Pair:
       ties: on which neither was.
       losses: on which the second was.
       unjudged: without a verdict.
+      unanswered: of those, where the judge did not answer at all.
       flips: verdicts that changed with the order of the answers.
+      both_orders: verdicts of a judge that was asked in both orders, those that changed and those that did not.
       win_rate: (wins + ties / 2) / (wins + ties + losses).
       interval: of the win rate, see `win_rate_interval`.
       fold_rates: the win rate of each fold.
+      fold_intervals: their intervals.
       fold_mean: mean of the fold rates.
       fold_deviation: standard deviation of the fold rates with one degree of freedom less, NaN for one fold.
       p_value: of `sign_test`.
@@ -52,10 +58,13 @@ class Pair:
     ties: int
     losses: int
     unjudged: int
+    unanswered: int
     flips: int
+    both_orders: int
     win_rate: float
     interval: tuple[float, float]
     fold_rates: tuple[float, ...]
+    fold_intervals: tuple[tuple[float, float], ...]
     fold_mean: float
     fold_deviation: float
     p_value: float
@@ -72,8 +81,9 @@ class Pair:
             wins=self.losses,
             losses=self.wins,
             win_rate=1 - self.win_rate,
-            interval=(1 - self.interval[1], 1 - self.interval[0]),
+            interval=_mirrored(self.interval),
             fold_rates=tuple(1 - rate for rate in self.fold_rates),
+            fold_intervals=tuple(map(_mirrored, self.fold_intervals)),
             fold_mean=1 - self.fold_mean,
             length_controlled=1 - self.length_controlled,
             longer=1 - self.longer,
@@ -84,11 +94,16 @@ class Pair:
         return self if name == self.first else self.swapped()
 
 
+def _mirrored(interval: tuple[float, float]) -> tuple[float, float]:
+    return 1 - interval[1], 1 - interval[0]
+
+
 def compare_pair(
     first: str,
     second: str,
     scores: Array,
-    flipped: Array,
+    flipped: Sequence[bool | None],
+    unanswered: Sequence[bool],
     lengths: tuple[Array, Array],
     folds: Sequence[Array],
 ) -> Pair:
@@ -98,14 +113,15 @@ def compare_pair(
       first: name of the first policy.
       second: name of the second.
       scores: of the first, [N].
-      flipped: whether a verdict changed with the order of the answers, bool [N].
+      flipped: whether a verdict changed with the order of the answers, N; None where not both orders were asked.
+      unanswered: whether the judge did not answer, N.
       lengths: of the first's and the second's answers, [N] each, in any one unit.
       folds: of `make_folds`.
 
     Returns:
       The statistics.
     """
-    wins, ties, losses = (int(np.sum(scores == score)) for score in (1.0, 0.5, 0.0))
+    wins, ties, losses = _counts(scores)
     rates = tuple(win_rate(scores[fold]) for fold in folds)
     judged = [rate for rate in rates if not math.isnan(rate)]
     p_value = sign_test(wins, losses)
@@ -116,10 +132,13 @@ def compare_pair(
         ties=ties,
         losses=losses,
         unjudged=int(np.sum(np.isnan(scores))),
-        flips=int(np.sum(flipped)),
+        unanswered=sum(unanswered),
+        flips=sum(flip is True for flip in flipped),
+        both_orders=sum(flip is not None for flip in flipped),
         win_rate=win_rate(scores),
         interval=win_rate_interval(wins, ties, losses),
         fold_rates=rates,
+        fold_intervals=tuple(win_rate_interval(*_counts(scores[fold])) for fold in folds),
         fold_mean=float(np.mean(judged)) if judged else math.nan,
         fold_deviation=float(np.std(judged, ddof=1)) if len(judged) > 1 else math.nan,
         p_value=p_value,
@@ -127,6 +146,12 @@ def compare_pair(
         length_controlled=length_controlled_win_rate(scores, lengths[0] - lengths[1]),
         longer=float(np.mean(0.5 + 0.5 * np.sign(lengths[0] - lengths[1]))),
     )
+
+
+def _counts(scores: Array) -> tuple[int, int, int]:
+    """Wins, ties and losses."""
+    wins, ties, losses = (int(np.sum(scores == score)) for score in (1.0, 0.5, 0.0))
+    return wins, ties, losses
 
 
 def adjusted(pairs: Sequence[Pair]) -> list[Pair]:
@@ -219,19 +244,25 @@ def length_controlled_win_rate(scores: Array, longer_by: Array) -> float:
     its term for how hard an instruction is, which it learns from many models. A normal prior of standard deviation
     10 keeps a and b finite where every verdict is the same or length explains all of them.
 
+    Where one policy's answers are always longer by about as much, a and b have nearly the same feature, and the prior
+    alone would say which of them explains the verdicts: there is no rate then.
+
     Args:
       scores: of the first policy, [N].
       longer_by: length of its answer less that of the other's, [N].
 
     Returns:
-      A rate from 0 to 1; NaN without a verdict.
+      A rate from 0 to 1; NaN without a verdict, and where tanh(d / s) varies by less than `_LEAST_VARIATION`.
     """
     judged = ~np.isnan(scores)
     score, difference = scores[judged], np.asarray(longer_by, np.float64)[judged]
     if not len(score):
         return math.nan
     scale = np.sqrt(np.mean(difference**2))
-    features = np.stack([np.ones(len(score)), np.tanh(difference / scale) if scale else difference])
+    lengths = np.tanh(difference / scale) if scale else difference
+    if np.std(lengths) < _LEAST_VARIATION * abs(np.mean(lengths)):
+        return math.nan
+    features = np.stack([np.ones(len(score)), lengths])
 
     def loss(coefficients: Array) -> tuple[float, Array]:
         logit = coefficients @ features

@@ -1,6 +1,7 @@
 """Several processes that train together: how they start, agree on what a person got wrong, and never hang."""
 
 import contextlib
+import json
 import os
 import sys
 import threading
@@ -78,6 +79,20 @@ def agree(check: Callable[[], T]) -> T:
     if first is not None:
         raise UsageError(first)
     return result  # type: ignore[return-value]
+
+
+def of_first(work: Callable[[], str]) -> str:
+    """What `work`, which process 0 alone runs, returns there, in every process; or the UsageError that it raises."""
+    said, mistake = "", ""
+    if is_first():
+        try:
+            said = work()
+        except UsageError as error:
+            mistake = str(error).splitlines()[0]
+    said, mistake = json.loads(_gather(json.dumps([said, mistake]))[0])
+    if mistake:
+        raise UsageError(mistake)
+    return said
 
 
 def refuse_differences(what: str, text: str) -> None:

@@ -317,6 +317,71 @@ def test_a_language_model_judges_files_and_is_paid_once(compared, place, monkeyp
         assert path.is_dir() or b"secret-of-this-test" not in path.read_bytes()
 
 
+def test_everything_but_the_replies_goes_into_a_bucket(compared, place, monkeypatch):
+    class Bucket:
+        """Files of gs://bucket, in a folder."""
+
+        def __getattr__(self, name):
+            def call(*paths, **options):
+                local = (os.fspath(p).replace("gs://bucket", f"{place}/bucket") for p in paths)
+                return getattr(epath.backend.os_backend, name)(*local, **options)
+
+            return call
+
+    def backend(self):
+        return Bucket() if os.fspath(self).startswith("gs://") else epath.backend.os_backend
+
+    monkeypatch.setattr(epath.gpath._GPath, "_backend", property(backend))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(place / "cache"))
+    monkeypatch.setenv("OPENAI_API_KEY", "secret-of-this-test")
+    monkeypatch.setenv("DRO_JAX_JUDGE_MODEL", "oracle")
+    for name in ("one", "two"):
+        rows = [{"prompt": prompt, "completion": name * len(prompt)} for prompt in PROMPTS]
+        (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "evaluation"))
+    import judge_server
+
+    with judge_server.serving(judge_server.prefer_longer) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.base_url)
+        for _ in range(2):
+            result, _ = compared("one.jsonl", "two.jsonl", judge="llm", output="gs://bucket/out")
+            assert (result.code, result.err) == (0, "")
+            assert len(server.requests) == 2 * len(PROMPTS)
+    assert json.loads((place / "bucket/out/report.json").read_text())["pairs"][0]["ties"] == 21
+    assert {path.name for path in (place / "bucket/out").iterdir()} == {
+        "completions",
+        "report.html",
+        "report.json",
+        "report.md",
+        "verdicts.jsonl",
+    }
+    (replies,) = (place / "cache").rglob("*.sqlite")
+    assert f"they are kept in {replies.parent}" in " ".join(result.out.split())
+
+
+def test_a_run_that_goes_on_training_is_sampled_at_the_step_that_was_found(
+    compared, sft_run, dro_v_run, place, monkeypatch
+):
+    shutil.copytree(dro_v_run.directory, place / "run")
+    (place / "run/checkpoint_6").rename(place / "later")
+    load_policy, asked = compare.load_policy, []
+
+    def load_later(path, partitioning):
+        # Between finding and loading, the training saves once more.
+        if not (place / "run/checkpoint_6").exists():
+            (place / "later").rename(place / "run/checkpoint_6")
+        asked.append(path)
+        return load_policy(path, partitioning)
+
+    monkeypatch.setattr(compare, "load_policy", load_later)
+    assert compared("run", sft_run.directory)[0].code == 0
+    assert asked[0] == "run/checkpoint_4"
+    rows = completions_in(place / "out")["run"]
+    policy = generate.load_policy(str(dro_v_run.directory / "checkpoint_4"))
+    expected = generate.complete(policy, PROMPTS, Decoding(8), seed=0, batch_size=8)
+    assert [row["completion"] for row in rows] == [c.text for c in expected]
+
+
 SAMPLING = Sampling(
     max_tokens=None,
     temperature=None,

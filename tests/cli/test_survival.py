@@ -1,5 +1,6 @@
 """Nothing is lost: kills, full disks, and processes that come, go and hang."""
 
+import json
 import os
 import signal
 import socket
@@ -12,6 +13,7 @@ import pytest
 import tensorflow as tf
 from kills import STEPS, command, environment, kill_repeatedly, write_feedback
 
+from dro_jax.cli import generate
 from dro_jax.training import checkpoints
 
 
@@ -82,6 +84,55 @@ class Pair:
         while text not in self.text():
             assert self.processes[0].poll() is None, self.text()
             time.sleep(0.05)
+
+
+JUDGE = """
+import json, os, pathlib
+
+def judge(prompts, answers):
+    folder = pathlib.Path(__file__).parent
+    with open(folder / "asked", "a") as file:
+        file.write(f"{os.getpid()}\\n")
+    answered = {path.name.split("_")[1]: path for path in folder.glob("judged/side_by_side/step_*")}
+    if sorted(answered) == ["2", "4"]:
+        raise ValueError("out of order")
+    # Step 2 wins.
+    rows = answered["2"].read_text().splitlines() if list(answered) == ["2"] else []
+    liked = {json.loads(row)["completion"] for row in rows}
+    return [sum(map(ord, answer)) % 7 + 10 * (answer in liked) for answer in answers]
+"""
+
+
+def test_two_processes_keep_the_checkpoint_that_wins_most(work, monkeypatch):
+    folder = work / "judged"
+    (work / "judge_of_two.py").write_text(JUDGE)
+    monkeypatch.setenv("PYTHONPATH", str(work), prepend=os.pathsep)
+    pair = Pair(
+        work,
+        folder,
+        "--gin.JUDGE='reward:judge_of_two:judge'",
+        "--gin.win_rates.WinRate.prompts=5",
+        "--gin.loop.Periods.evaluate=2",
+        "--gin.loop.Periods.checkpoint=2",
+        "--gin.feedback.FeedbackFile.validation_fraction=0.2",
+        "--gin.TRAIN_STEPS=6",
+        "--gin.train.train.keep_last=1",
+    )
+    assert pair.wait() == [0, 0], pair.text() + pair.text(1)
+    # The others are told.
+    assert set((work / "asked").read_text().split()) == {str(pair.processes[0].pid)}
+    assert "no win rate of step 4, and training goes on" in " ".join(pair.text().split())
+    assert "raised ValueError: out of order" in pair.text()
+    assert checkpoints.steps(folder) == [2, 6]
+    assert checkpoints.find(folder / "best") == (folder, 2)
+    # All of them sample what one would.
+    policy = generate.load_policy(str(folder / "best"))
+    (path,) = (folder / "side_by_side").glob("step_2_*")
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    decoding = generate.Decoding(policy.lengths["targets"])
+    prompts = [row["prompt"] for row in rows]
+    expected = generate.complete(policy, prompts, decoding, seed=1, batch_size=32)
+    assert [row["completion"] for row in rows] == [completion.text for completion in expected]
 
 
 def recorded(work: Path, folder: Path, *extra: str) -> list[str]:

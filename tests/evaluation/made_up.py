@@ -61,7 +61,7 @@ def made_up(prompts: int = 231, names: tuple[str, ...] = ("sft", "dro_v", "kto")
                 Verdict(
                     ("A", "tie", "B", None)[c],
                     f"because {HOSTILE}",
-                    bool(c == 1 and rng.random() < 0.4),
+                    None if c == 3 else bool(c == 1 and rng.random() < 0.4),
                 )
                 for c in drawn
             ]

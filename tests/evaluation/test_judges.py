@@ -43,7 +43,7 @@ def test_a_reward_that_is_not_finite_is_no_verdict(bad):
 
 def test_the_reason_has_both_rewards_in_order():
     (verdict,) = judge_by_reward(length)([Comparison("p", "abc", "a")])
-    assert (verdict.reason, verdict.flipped) == ("reward 3 against 1", False)
+    assert (verdict.reason, verdict.flipped) == ("reward 3 against 1", None)
 
 
 def test_the_reward_sees_each_text_once_with_its_prompt(monkeypatch):

@@ -19,12 +19,11 @@ import pytest
 from judge_server import Request, prefer_longer, serving
 
 from dro_jax.errors import UsageError
-from dro_jax.evaluation import llm_judge
+from dro_jax.evaluation import chat_completions, llm_judge
+from dro_jax.evaluation.chat_completions import Endpoint, JudgeUnavailableError
 from dro_jax.evaluation.judges import Comparison
 from dro_jax.evaluation.llm_judge import (
     TEMPLATE,
-    Endpoint,
-    JudgeUnavailableError,
     LlmJudge,
     check_template,
     parse_verdict,
@@ -76,7 +75,7 @@ def test_verdicts_come_in_the_order_of_the_comparisons(make_judge):
     with serving(slowly) as server:
         verdicts = list(make_judge(server)(comparisons(30)))
     assert winners(verdicts) == EXPECTED * 10
-    assert not any(verdict.flipped for verdict in verdicts)
+    assert [verdict.flipped for verdict in verdicts] == [False] * 30
     assert verdicts[3].reason == "longer one 3 and short 3.\nVerdict: A"
 
 
@@ -125,7 +124,7 @@ def test_a_tie_in_one_order_only_is_a_contradiction(make_judge):
 def test_answers_that_are_the_same_are_not_asked_about(make_judge):
     with serving(prefer_longer) as server:
         verdicts = list(make_judge(server)([Comparison("p", "x", "x")]))
-    assert [(v.winner, v.flipped) for v in verdicts] == [("tie", False)]
+    assert [(v.winner, v.flipped) for v in verdicts] == [("tie", None)]
     assert not server.requests
 
 
@@ -226,7 +225,7 @@ def test_a_babbling_judge_is_reminded_once_and_then_counted(make_judge):
     with serving(lambda request: request.say("A. Hm, A it is!")) as server:
         judge = make_judge(server)
         verdicts = list(judge(comparisons(3)))
-        assert [(v.winner, v.flipped) for v in verdicts] == [(None, False)] * 3
+        assert [(v.winner, v.flipped, v.unanswered) for v in verdicts] == [(None, None, False)] * 3
         assert verdicts[0].reason == "no verdict in the reply: A. Hm, A it is!"
         assert sorted(r.reminded for r in server.requests) == [False] * 6 + [True] * 6
         # They were paid for all the same.
@@ -260,10 +259,24 @@ def test_one_order_alone_is_no_verdict(make_judge, side):
 
 
 @pytest.mark.parametrize("content", [None, "", [{"type": "text", "text": "Verdict: A"}], 3])
-def test_a_completion_that_says_nothing_is_no_verdict(make_judge, content):
-    with serving(lambda request: request.say(content)) as server:
-        assert winners(make_judge(server)(comparisons(1))) == [None]
-    assert len(server.requests) == 4
+def test_a_completion_that_says_nothing_is_asked_for_again(make_judge, content):
+    silent = True
+
+    def respond(request):
+        if silent:
+            request.say(content)
+        else:
+            prefer_longer(request)
+
+    with serving(respond) as server:
+        (verdict,) = make_judge(server)(comparisons(1))
+        assert (verdict.winner, verdict.unanswered) == (None, True)
+        assert verdict.reason == "the reply is empty"
+        assert len(server.requests) == 4
+        # A filter or a limit may be gone the next time.
+        silent = False
+        assert winners(make_judge(server)(comparisons(1))) == ["A"]
+        assert len(server.requests) == 6
 
 
 def test_text_that_is_no_unicode_can_be_kept(make_judge):
@@ -351,6 +364,7 @@ def test_a_question_that_is_never_answered_is_given_up_and_the_others_judged(mak
         verdicts = list(judge(comparisons(9)))
         assert winners(verdicts) == [*EXPECTED, None, *EXPECTED[1:], *EXPECTED]
         assert verdicts[3].reason.startswith("given up: ")
+        assert [v.unanswered for v in verdicts] == [k == 3 for k in range(9)]
         assert fault != "500" or verdicts[3].reason == "given up: the server answered 500"
         # In one order; the other may not have come so far.
         assert 3 <= sum("Prompt 3?" in question for question in server.questions) <= 6
@@ -376,7 +390,7 @@ def test_questions_given_up_here_and_there_end_nothing(make_judge):
         verdicts = list(make_judge(server, tries=1)(comparisons(60)))
     expected = [None if i % 5 == 1 else winner for i, winner in enumerate(EXPECTED * 20)]
     assert winners(verdicts) == expected
-    assert sum(winner is None for winner in expected) * 2 > llm_judge.GIVEN_UP_IN_A_ROW
+    assert sum(winner is None for winner in expected) * 2 > chat_completions.GIVEN_UP_IN_A_ROW
 
 
 def nobody():
@@ -428,7 +442,7 @@ def test_an_endpoint_that_is_out_of_order_ends_the_evaluation(make_judge):
         verdicts = make_judge(server, tries=2)(comparisons(100))
         with pytest.raises(JudgeUnavailableError, match=r"the server answered 502, 2 times"):
             list(verdicts)
-        assert len(server.requests) <= 10 + 2 * (llm_judge.GIVEN_UP_IN_A_ROW + 8)
+        assert len(server.requests) <= 10 + 2 * (chat_completions.GIVEN_UP_IN_A_ROW + 8)
 
 
 # Rate limits.
@@ -564,7 +578,45 @@ def test_a_refusal_ends_the_evaluation_at_once(make_judge, status, body, message
     assert text.startswith(f"{server.base_url}/chat/completions: ")
     assert message in text
     assert text.isprintable()
-    assert len(server.requests) <= 4
+    # Two, a question that nobody has a reason to refuse, and what begins while it ends: not 40.
+    assert len(server.requests) <= 8
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+@pytest.mark.parametrize("place", [0, 5], ids=["the first", "a later one"])
+def test_a_question_that_is_refused_alone_ends_nothing(make_judge, status, place, caplog):
+    def respond(request):
+        if f"Prompt {place}?" in request.question:
+            request.send(status, {"error": {"message": "context of 5000 tokens"}})
+        else:
+            prefer_longer(request)
+
+    with serving(respond) as server:
+        verdicts = list(make_judge(server, concurrency=1)(comparisons(9)))
+        expected = [None if k == place else winner for k, winner in enumerate(EXPECTED * 3)]
+        assert winners(verdicts) == expected
+        assert [v.unanswered for v in verdicts] == [k == place for k in range(9)]
+        assert verdicts[place].reason == f"given up: refused ({status}: context of 5000 tokens)"
+        (told,) = caplog.messages
+        assert told.endswith(
+            f": refuses a question ({status}: context of 5000 tokens); going on without its reply"
+        )
+        # And so it is again, for the price of a refusal.
+        before = len(server.requests)
+        assert list(make_judge(server)(comparisons(9))) == verdicts
+        assert {f"Prompt {place}?" in q for q in server.questions[before:]} == {True}
+
+
+def test_many_refused_questions_in_a_row_end_nothing(make_judge):
+    def respond(request):
+        if int(request.question.partition("?")[0].rpartition(" ")[2]) >= 2:
+            request.send(400, {"error": {"message": "too long"}})
+        else:
+            prefer_longer(request)
+
+    with serving(respond) as server:
+        verdicts = list(make_judge(server)(comparisons(40)))
+    assert winners(verdicts) == ["A", "B"] + [None] * 38
 
 
 def test_a_server_that_asks_for_a_key(make_judge):
@@ -707,7 +759,8 @@ HEED_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_ha
 PROGRAM = """
 import os, sys
 from dro_jax.evaluation.judges import Comparison
-from dro_jax.evaluation.llm_judge import Endpoint, LlmJudge
+from dro_jax.evaluation.chat_completions import Endpoint
+from dro_jax.evaluation.llm_judge import LlmJudge
 
 url, cache, count = sys.argv[1], sys.argv[2], int(sys.argv[3])
 endpoint = Endpoint(url, "judge-1", os.environ["OPENAI_API_KEY"])

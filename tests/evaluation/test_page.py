@@ -124,6 +124,24 @@ def test_charts_take_their_colours_from_the_page(report):
     assert "&lt;b&gt;dro&lt;/b&gt; &amp; co $x$" in drawn[1]
 
 
+def test_every_fold_has_its_interval(report, monkeypatch):
+    figures = []
+    monkeypatch.setattr(charts, "to_svg", lambda figure, _: figures.append(figure) or "")
+    charts.intervals(report)
+    (axes,) = figures[0].axes
+    drawn = [tuple(line.get_xdata()) for line in axes.lines]
+    pairs = [pair.swapped() if pair.win_rate < 0.5 else pair for pair in report.pairs]
+    for pair in pairs:
+        assert len(pair.fold_intervals) == 5
+        for low, high in (pair.interval, *pair.fold_intervals):
+            assert (100 * low, 100 * high) in drawn
+    # But for the dashed line at 50%; no two intervals lie on each other.
+    heights = [line.get_ydata()[0] for line in axes.lines[1:] if len(line.get_xdata()) == 2]
+    assert len(heights) == len(set(heights)) == 3 * 6
+    bottom, top = axes.get_ylim()
+    assert all(top < height < bottom for height in heights)
+
+
 def test_every_policy_is_a_point_with_its_numbers(report):
     svg = charts.plane(report)
     for name in ("sft", "kto"):
@@ -216,7 +234,7 @@ def test_the_list_can_be_paged_filtered_and_searched(seen, report):
     assert answer["ties"]["count"] == f"{winners.count('tie')} prompts"
     assert answer["ties"]["first"].startswith(f"Prompt {winners.index('tie') + 1} · tie")
     flips = [v.flipped for v in report.verdicts[0, 1]]
-    assert answer["flipped"]["count"] == f"{sum(flips)} prompts"
+    assert answer["flipped"]["count"] == f"{flips.count(True)} prompts"
     assert answer["query"]["count"] == "2 prompts"
     assert answer["nothing"] == {"count": "0 prompts", "page": "page 1 of 1", "articles": 0}
     assert "kto" in answer["pair"]["first"]

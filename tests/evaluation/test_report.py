@@ -122,6 +122,48 @@ def test_verdicts_count_for_the_right_policy():
     assert (unjudged["win rate"], unjudged["folds"], unjudged["no verdict"]) == ("-", "-", "40")
 
 
+def columns_of(verdicts):
+    report = make_report(
+        dataclasses.replace(SETTING, folds=1),
+        ["p"] * len(verdicts),
+        [Policy(name=name, source=name, answers=["x"] * len(verdicts)) for name in ("p", "q")],
+        {(0, 1): verdicts},
+    )
+    return report, dict(zip(reports.PAIR_COLUMNS, reports.pair_rows(report)[0], strict=True))
+
+
+def test_flips_are_a_share_of_what_was_asked_in_both_orders():
+    same = [Verdict("tie", "The answers are the same.")] * 6
+    report, row = columns_of([Verdict("A", "", flipped=False), Verdict("tie", "", True), *same])
+    assert row["flips"] == "1 (50.0%)"
+    assert "Flips: " in said(report)
+    # A reward is not asked twice.
+    report, row = columns_of([Verdict("A", "reward 2 against 1")] * 3)
+    assert row["flips"] == "-"
+    assert "Flips: " not in said(report)
+
+
+def test_questions_without_an_answer_are_counted_apart_from_replies_without_a_verdict():
+    babble, outage = Verdict(None, "no verdict"), Verdict(None, "given up", unanswered=True)
+    report, row = columns_of([babble, outage, outage, Verdict("A")])
+    assert row["no verdict"] == "3 (2 not answered)"
+    assert "Not answered: " in said(report)
+    (pair,) = to_json(report)["pairs"]
+    assert (pair["unjudged"], pair["unanswered"]) == (3, 2)
+    report, row = columns_of([babble, Verdict("A")])
+    assert row["no verdict"] == "1"
+    assert "Not answered: " not in said(report)
+
+
+def test_lengths_that_always_differ_by_as_much_have_no_control():
+    report = report_of("A" * 30 + "B" * 10, lengths=(9, 3))
+    row = dict(zip(reports.PAIR_COLUMNS, reports.pair_rows(report)[0], strict=True))
+    assert row["length controlled"] == "-"
+    assert "nothing is known about equal lengths" in said(report)
+    assert "nothing is known about equal lengths" not in said(report_of("AB"))
+    assert "nothing is known about equal lengths" not in said(report_of("--"))
+
+
 def test_markdown_is_a_table_for_any_name():
     report = made_up(names=("a|b", "c\nd", "e"))
     lines = to_markdown(report).splitlines()
@@ -155,6 +197,9 @@ def test_a_log_ratio_is_only_called_kl_where_it_is_one():
     ratio = report_of("AB", log_ratios=ratios, setting=greedy)
     assert reports.policy_columns(ratio)[-1] == "log-ratio to the reference (not KL)"
     assert "It is no estimate of the KL" in said(ratio)
+    cut = [dataclasses.replace(policy, cut=1) for policy in kl.policies]
+    assert "as far as the limit of tokens" in said(dataclasses.replace(kl, policies=cut))
+    assert "as far as the limit of tokens" not in said(kl)
     assert "KL to the reference" not in to_markdown(ratio)
     none = dataclasses.replace(SETTING, reference=None, no_reference="nobody gave one")
     assert "No KL: nobody gave one." in said(report_of("AB", setting=none))

@@ -31,12 +31,13 @@ def scores_of(verdicts):
     return np.array([SCORES[{"W": "A", "T": "tie", "L": "B", "-": None}[v]] for v in verdicts])
 
 
-def pair_of(verdicts, *, names=("p", "q"), flipped=None, lengths=None, folds=None):
+def pair_of(verdicts, *, names=("p", "q"), flipped=None, unanswered=None, lengths=None, folds=None):
     n = len(verdicts)
     return compare_pair(
         *names,
         scores_of(verdicts),
-        np.zeros(n, bool) if flipped is None else np.array(flipped),
+        [None] * n if flipped is None else flipped,
+        [False] * n if unanswered is None else unanswered,
         (np.ones(n), np.ones(n)) if lengths is None else lengths,
         [np.arange(n)] if folds is None else folds,
     )
@@ -44,12 +45,15 @@ def pair_of(verdicts, *, names=("p", "q"), flipped=None, lengths=None, folds=Non
 
 def test_a_pair_counted_by_hand():
     folds = [np.array([0, 1]), np.array([2, 3]), np.array([4, 5])]
-    flipped = [False, True, False, True, False, False, False]
+    flipped = [False, True, False, None, False, None, False]
     pair = pair_of("WTLWW-L", flipped=flipped, folds=folds)
     assert (pair.first, pair.second) == ("p", "q")
-    assert (pair.wins, pair.ties, pair.losses, pair.unjudged, pair.flips) == (3, 1, 2, 1, 2)
+    assert (pair.wins, pair.ties, pair.losses, pair.unjudged, pair.flips) == (3, 1, 2, 1, 1)
+    assert (pair.both_orders, pair.unanswered) == (5, 0)
     assert pair.win_rate == 3.5 / 6
     assert pair.fold_rates == (0.75, 0.5, 1.0)
+    expected = win_rate_interval(1, 1, 0), win_rate_interval(1, 0, 1), win_rate_interval(1, 0, 0)
+    assert pair.fold_intervals == expected
     assert pair.fold_mean == 0.75
     assert pair.fold_deviation == 0.25
     assert pair.p_value == pair.adjusted_p_value == 1.0
@@ -67,7 +71,8 @@ def test_lengths_of_a_pair():
 def test_nothing_judged():
     pair = pair_of("--", folds=[np.array([0]), np.array([1])])
     assert pair.unjudged == 2
-    assert (pair.p_value, pair.flips) == (1.0, 0)
+    assert (pair.p_value, pair.flips, pair.both_orders) == (1.0, 0, 0)
+    assert pair_of("W--", unanswered=[False, True, False]).unanswered == 1
     for value in (pair.win_rate, *pair.interval, pair.fold_mean, pair.fold_deviation):
         assert math.isnan(value)
     assert math.isnan(pair.length_controlled)
@@ -168,15 +173,17 @@ def test_swapping_the_policies_mirrors_everything():
     rng = np.random.default_rng(1)
     scores = rng.choice([0, 0.5, 1, math.nan], 200, p=[0.3, 0.2, 0.4, 0.1])
     lengths = rng.integers(1, 50, size=(2, 200))
-    folds, flipped = make_folds(200, 5, 30, 0), rng.random(200) < 0.2
-    one = compare_pair("p", "q", scores, flipped, (lengths[0], lengths[1]), folds)
-    other = compare_pair("q", "p", 1 - scores, flipped, (lengths[1], lengths[0]), folds)
+    folds, flipped = make_folds(200, 5, 30, 0), [bool(x < 0.2) for x in rng.random(200)]
+    same = flipped, [False] * 200
+    one = compare_pair("p", "q", scores, *same, (lengths[0], lengths[1]), folds)
+    other = compare_pair("q", "p", 1 - scores, *same, (lengths[1], lengths[0]), folds)
     for name, expected in dataclasses.asdict(one.swapped()).items():
         got = getattr(other, name)
         if name == "length_controlled":
             assert got == pytest.approx(expected, abs=1e-6)
         else:
-            assert got == (expected if isinstance(expected, str) else pytest.approx(expected))
+            of_names = isinstance(expected, str)
+            assert got == expected if of_names else np.allclose(got, expected, rtol=1e-12)
     assert one.seen_from("p") == one
     assert one.seen_from("q") == one.swapped()
 
@@ -245,6 +252,16 @@ def test_length_control_takes_back_what_length_alone_won():
 def test_length_control_of_lengths_that_say_nothing_is_the_win_rate(longer_by):
     scores = np.tile([1.0, 1.0, 0.5, 0.0], 10)
     assert length_controlled_win_rate(scores, longer_by) == pytest.approx(0.625, abs=1e-3)
+
+
+def test_length_control_says_nothing_where_lengths_always_differ_by_as_much():
+    rng = np.random.default_rng(5)
+    scores, noise = (rng.random(1000) < 0.8).astype(float), rng.uniform(-1, 1, 1000)
+    for longer_by in (np.full(1000, 7.0), 100 + noise, -100 - noise):
+        assert math.isnan(length_controlled_win_rate(scores, longer_by))
+    # Where lengths vary the regression has an answer, close to that without a prior.
+    got = length_controlled_win_rate(scores, 100 + 60 * noise)
+    assert got == pytest.approx(fit_by_newton(scores, 100 + 60 * noise), abs=0.02)
 
 
 def test_length_control_stays_finite_where_the_data_separate():
