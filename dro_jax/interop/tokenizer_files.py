@@ -75,8 +75,8 @@ def write_tokenizer(folder: epath.Path, vocabulary_file: str | None, vocab_size:
     ids = {"pad_token": pieces.pad_id(), "eos_token": pieces.eos_id(), "unk_token": pieces.unk_id()}
     if list(ids.values()) != [0, 1, 2]:
         raise UsageError(
-            f"{vocabulary_file}: has padding, end of sequence and unknown at {list(ids.values())}, and transformers takes "
-            "those of a T5 to be at [0, 1, 2]; give --format=t5x, which keeps them"
+            f"{vocabulary_file}: has padding, end of sequence and unknown at {list(ids.values())}, and transformers "
+            "takes those of a T5 to be at [0, 1, 2]; give --format=t5x, which keeps them"
         )
     epath.Path(vocabulary_file).copy(folder / SENTENCEPIECE)
     names = {name: pieces.id_to_piece(number) for name, number in ids.items()}
