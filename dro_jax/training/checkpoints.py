@@ -6,9 +6,11 @@ flipped bit without a word), and `reference/checkpoint_0/` with the frozen refer
 """
 
 import contextlib
+import gc
 import hashlib
 import json
 import logging
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -363,7 +365,10 @@ def _restore(path: epath.Path, items: dict[str, Any]) -> dict[str, Any]:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
         reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise DamagedError(f"{path}: damaged, cannot be read ({reason[0][:200]})") from error
+    # Orbax leaves reads behind that it never awaits, of which Python would warn a person at some later time.
+    with warnings.catch_warnings(action="ignore", category=RuntimeWarning):
+        gc.collect()
+    raise DamagedError(f"{path}: damaged, cannot be read ({reason[0][:200]})")
 
 
 def _digest(meta: Meta) -> str:
