@@ -83,7 +83,7 @@ class Run:
 
     def checkpoint(self) -> str:
         """The folder of this checkpoint alone."""
-        return str(self.directory / f"checkpoint_{self.step}")
+        return str(checkpoints.path_of(self.directory, self.step))
 
     def weights(self) -> str:
         """What identifies its policy, equal to `checkpoints.weights_digest` of it."""

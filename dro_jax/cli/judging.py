@@ -164,7 +164,7 @@ def learnt_reward(checkpoint: str, *, with_value: bool) -> Reward:
     """
     # Found once: a run that is still training has another newest checkpoint a moment later.
     directory, at = checkpoints.find(checkpoint)
-    policy = load_policy(str(directory / f"checkpoint_{at}"))
+    policy = load_policy(str(checkpoints.path_of(directory, at)))
     config, vocabulary, lengths = policy.config, policy.vocabulary, policy.lengths
     meta = checkpoints.read_meta(directory, at)
     settings = meta.get("settings", {})

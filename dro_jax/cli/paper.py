@@ -29,7 +29,7 @@ from dro_jax.cli import configuration, demo, train
 from dro_jax.cli.console import console, progress_bar
 from dro_jax.cli.generate import load_policy
 from dro_jax.cli.run_folder import REFERENCE as OWN_REFERENCE
-from dro_jax.cli.run_folder import STATISTICS, make_directory
+from dro_jax.cli.run_folder import STATISTICS, make_directory, write_whole
 from dro_jax.data import demonstration
 from dro_jax.data.feedback import RewardStatistics, split_of
 from dro_jax.errors import DivergenceError, UsageError, check_number
@@ -211,7 +211,12 @@ def write_page(
         versions=f"dro_jax {dro_jax.__version__}, jax {jax.__version__}, Python {platform.python_version()}",
         date=datetime.date.today().isoformat(),
     )
-    return paper_page.write(directory, findings_of(test, validation), setting)
+    findings = findings_of(test, validation)
+    told = [paper_page.headline(findings)]
+    for name, text in paper_page.files(findings, setting).items():
+        write_whole(directory / name, text)
+        told.append(f"page         {directory / name}")
+    return told
 
 
 def training_of(directory: epath.Path, runs: Sequence[Run]) -> str:
@@ -462,9 +467,7 @@ def measure(directory: epath.Path, each: Run) -> None:
         }
     content = io.BytesIO()
     np.savez(content, **arrays)  # type: ignore[arg-type]
-    partial = place / f"{ANSWERS}.partial"
-    partial.write_bytes(content.getvalue())
-    partial.replace(place / ANSWERS)
+    write_whole(place / ANSWERS, content.getvalue())
 
 
 def algorithm_of(place: epath.Path) -> Algorithm:

@@ -27,10 +27,10 @@ def make_directory(directory: epath.Path) -> None:
         ) from error
 
 
-def write_whole(path: epath.Path, text: str) -> None:
+def write_whole(path: epath.Path, content: str | bytes) -> None:
     """Writes a file beside its place and moves it there, so that an interruption leaves no half file."""
     partial = path.parent / f"{path.name}.partial"
-    partial.write_text(text, encoding="utf-8")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
     partial.replace(path)
 
 

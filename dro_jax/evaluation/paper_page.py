@@ -9,7 +9,6 @@ from importlib import resources
 from typing import Any
 
 import numpy as np
-from etils import epath
 
 from dro_jax.evaluation import page, paper_charts
 from dro_jax.evaluation.experiments import (
@@ -404,18 +403,13 @@ def _spread(numbers: Sequence[float], digits: int) -> str:
     return f"{mean:.{digits}f}" if half is None else f"{mean:.{digits}f} ± {half:.{digits}f}"
 
 
-def write(directory: epath.Path, findings: Findings, setting: Setting) -> list[str]:
-    """Writes paper.json, paper.md and paper.html into a folder; returns what to tell the person at the terminal."""
-    places = {
-        directory / "paper.json": json.dumps(_json(findings, setting), indent=2) + "\n",
-        directory / "paper.md": _markdown(findings, setting),
-        directory / "paper.html": to_html(findings, setting),
+def files(findings: Findings, setting: Setting) -> dict[str, str]:
+    """The page in three forms: text by the file's name."""
+    return {
+        "paper.json": json.dumps(_json(findings, setting), indent=2) + "\n",
+        "paper.md": _markdown(findings, setting),
+        "paper.html": to_html(findings, setting),
     }
-    for place, text in places.items():
-        partial = place.parent / f"{place.name}.partial"
-        partial.write_text(text)
-        partial.replace(place)
-    return [headline(findings), *(f"page         {place}" for place in places)]
 
 
 def _json(findings: Findings, setting: Setting) -> dict[str, Any]:
@@ -444,7 +438,7 @@ def _json(findings: Findings, setting: Setting) -> dict[str, Any]:
 
 def to_html(findings: Findings, setting: Setting) -> str:
     """The page. It loads nothing."""
-    files = resources.files("dro_jax.evaluation")
+    package = resources.files("dro_jax.evaluation")
     seeds = ", ".join(map(str, findings.seeds))
     facts = {
         "Arms": str(len(findings.points)),
@@ -453,7 +447,7 @@ def to_html(findings: Findings, setting: Setting) -> str:
         "Missing": str(len(setting.failures)),
     }
     parts = {
-        "style": files.joinpath("page.css").read_text(encoding="utf-8"),
+        "style": package.joinpath("page.css").read_text(encoding="utf-8"),
         "headline": html.escape(headline(findings))
         .replace("DRO-", "DRO&#8209;")
         .replace(" ± ", "&nbsp;±&nbsp;"),
@@ -469,7 +463,7 @@ def to_html(findings: Findings, setting: Setting) -> str:
         "sections": "".join(_section(section) for section in sections(findings, setting)),
         "footer": html.escape(f"{setting.versions}, {setting.date}"),
     }
-    template = files.joinpath("paper.html").read_text(encoding="utf-8")
+    template = package.joinpath("paper.html").read_text(encoding="utf-8")
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], template)
 
 

@@ -53,7 +53,7 @@ def of_checkpoint(
     Returns:
       The arrays by the same paths. Reading raises DamagedError where the bits are not those that were written.
     """
-    path = directory.absolute() / f"checkpoint_{step}"
+    path = checkpoints.path_of(directory, step)
     sums = checkpoints.read_meta(directory, step)["checksums"][item]
 
     def read(name: str) -> np.ndarray:

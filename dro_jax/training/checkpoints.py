@@ -148,7 +148,7 @@ def save_policy(directory: epath.PathLike, policy: Tree, meta: Meta) -> None:
     One that an earlier start left there is replaced.
     """
     if processes.is_first() and 0 in steps(directory):
-        _path(directory, 0).rmtree()
+        path_of(directory, 0).rmtree()
     processes.wait_for_all("place for the reference")
     manager = open_manager(directory, keep_last=1, keep_every=None)
     _save(manager, 0, {"policy": policy}, meta)
@@ -198,7 +198,7 @@ def steps(directory: epath.PathLike) -> list[int]:
 
 def read_meta(directory: epath.PathLike, step: int) -> Meta:
     """The facts saved with a checkpoint. Raises DamagedError if they cannot be read."""
-    path = _path(directory, step)
+    path = path_of(directory, step)
     meta = _restore(path, {"meta": ocp.args.JsonRestore()})["meta"]
     if not isinstance(meta, dict) or meta.get("digest") != _digest(meta):
         raise DamagedError(f"{path}: damaged, meta is not what was written")
@@ -226,7 +226,7 @@ def restore_latest(
     damaged: list[tuple[int, DamagedError]] = []
     found = steps(directory)
     for step in reversed(found):
-        path = _path(directory, step)
+        path = path_of(directory, step)
         try:
             meta = read_meta(directory, step)
             check_meta(path, meta, expected)
@@ -236,7 +236,7 @@ def restore_latest(
             continue
         if processes.is_first():
             for bad, reason in damaged:
-                _move_aside(_path(directory, bad), reason)
+                _move_aside(path_of(directory, bad), reason)
         processes.wait_for_all("damaged checkpoints are aside")
         return TrainState(
             step=jax.device_put(np.int32(step), abstract.step.sharding),
@@ -312,7 +312,7 @@ def restore_policy(directory: epath.PathLike, step: int, abstract: Tree, expecte
     Raises:
       UsageError: if the checkpoint belongs to something else or is damaged.
     """
-    path = _path(directory, step)
+    path = path_of(directory, step)
     meta = read_meta(directory, step)
     check_meta(path, meta, expected)
     return _restore_checked(path, {"policy": abstract}, meta)["policy"]
@@ -321,7 +321,7 @@ def restore_policy(directory: epath.PathLike, step: int, abstract: Tree, expecte
 def restore_value(directory: epath.PathLike, step: int, abstract: Tree) -> Tree:
     """The value network's parameters of one checkpoint; as `restore_policy`."""
     meta = read_meta(directory, step)
-    return _restore_checked(_path(directory, step), {"value": abstract}, meta)["value"]
+    return _restore_checked(path_of(directory, step), {"value": abstract}, meta)["value"]
 
 
 def check_meta(path: epath.Path, meta: Meta, expected: Meta) -> None:
@@ -376,5 +376,6 @@ def _digest(meta: Meta) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _path(directory: epath.PathLike, step: int) -> epath.Path:
+def path_of(directory: epath.PathLike, step: int) -> epath.Path:
+    """The folder of a run's checkpoint."""
     return epath.Path(directory).absolute() / f"checkpoint_{step}"

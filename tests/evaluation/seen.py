@@ -24,3 +24,20 @@ def contrast(one, other):
 
     dark, light = sorted((luminance(one), luminance(other)))
     return (light + 0.05) / (dark + 0.05)
+
+
+def assert_drawn(chart, surface, coloured):
+    """A chart has lines and legible text, so many pixels in colour, and is not in one corner."""
+    drawn = np.abs(chart - surface).max(axis=2) > 40
+    assert 0.005 < drawn.mean() < 0.5
+    assert (np.ptp(chart, axis=2) > 50).sum() > coloured
+    assert contrast(surface, farthest(chart, surface)) > 4.5
+    rows, columns = np.nonzero(drawn)
+    assert np.ptp(rows) > 0.7 * chart.shape[0]
+    assert np.ptp(columns) > 0.7 * chart.shape[1]
+
+
+def assert_legible(text, surface):
+    """A part of a page has text that stands out."""
+    assert contrast(surface, farthest(text, surface)) > 7
+    assert (np.abs(text - surface).max(axis=2) > 100).sum() > 200
