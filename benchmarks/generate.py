@@ -31,6 +31,7 @@ from flax.core import meta
 from flax.traverse_util import flatten_dict
 from measure import Result, in_turns, machine, report, result
 
+from dro_jax.cli import host_memory
 from dro_jax.evaluation.sampling import Decoding, Sampler, make_sampler
 from dro_jax.interop import huggingface
 from dro_jax.interop.stored_arrays import StoredArray
@@ -75,6 +76,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="default: %(default)s")
     parser.add_argument("--output", help="a JSON file for the results")
     flags = parser.parse_args()
+    host_memory.keep_freed_memory()
     conditions = machine(["jax", "torch", "transformers", "numpy"])
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     config = SIZES[flags.size]

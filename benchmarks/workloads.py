@@ -14,6 +14,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from dro_jax.cli import host_memory
 from dro_jax.data.packing import WINDOW, Batch, Example, fill_rows, pack, text_lengths
 from dro_jax.networks import T5Config
 
@@ -34,6 +35,7 @@ def t5(emb_dim: int, num_heads: int, mlp_dim: int, depth: int, *, large: bool) -
         num_decoder_layers=depth,
         scan_layers=large,
         remat="dots" if large else "none",
+        logits_chunk=None if large else 512,
     )
 
 
@@ -82,7 +84,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def configure(flags: argparse.Namespace) -> T5Config:
-    """Chooses JAX's device and returns the model."""
+    """Chooses JAX's device, keeps freed memory as `dro_jax` does, and returns the model."""
+    host_memory.keep_freed_memory()
     # Both sides share the memory of a GPU, which JAX would take for itself.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     if flags.device != "auto":

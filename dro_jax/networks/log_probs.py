@@ -1,6 +1,7 @@
 """From logits, or from the states that they are made of, to the log-probability of each example, pi(y|x)."""
 
 import functools
+import math
 from typing import Literal
 
 import jax
@@ -70,7 +71,7 @@ def token_log_probs_in_chunks(
     num_tokens: int,
     chunk: int,
 ) -> Array:
-    """`token_log_probs` of states times weights, of which only a few positions' logits are in memory at a time.
+    """`token_log_probs` of states times weights, of which a device has a few positions' logits in memory at a time.
 
     The backward pass multiplies them out again. The logits' gradient has the type of the states where it is a
     factor of a product; products are added up in float32. Differentiable once, in states and weights.
@@ -81,7 +82,7 @@ def token_log_probs_in_chunks(
       targets: int32 [B, T].
       axes: the weights' axes: "ev" or "ve".
       num_tokens: entries of the vocabulary that are tokens, the first ones; the others are masked.
-      chunk: positions of a row whose logits are in memory at a time; the last chunk is filled up with zeros.
+      chunk: positions whose logits a device has in memory at a time; the last chunk is filled up with zeros.
 
     Returns:
       float32 [B, T], nats.
@@ -98,9 +99,9 @@ def token_log_probs_in_chunks(
 
 
 def _chunk_logits(states: Array, weights: Array, axes: str) -> Array:
-    """float32 [D, B / D, C, V]."""
-    logits = jnp.einsum(f"dbte,{axes}->dbtv", states, weights, preferred_element_type=jnp.float32)
-    return constrain(logits, "batch", None, None, "vocab")
+    """float32 [D, C, V]."""
+    logits = jnp.einsum(f"dce,{axes}->dcv", states, weights, preferred_element_type=jnp.float32)
+    return constrain(logits, "batch", None, "vocab")
 
 
 def _forward_in_chunks(
@@ -127,9 +128,9 @@ def _backward_in_chunks(
         )
         slopes = pull(cotangent)[0].astype(states.dtype)
         of_weights = jnp.einsum(
-            f"dbte,dbtv->d{axes}", states, slopes, preferred_element_type=jnp.float32
+            f"dce,dcv->d{axes}", states, slopes, preferred_element_type=jnp.float32
         )
-        return total + of_weights, jnp.einsum(f"dbtv,{axes}->dbte", slopes, weights)
+        return total + of_weights, jnp.einsum(f"dcv,{axes}->dce", slopes, weights)
 
     # Every device adds up the gradient of its own rows, and once at the end they all do: were the rows one axis, they
     # would in every turn of the loop.
@@ -145,20 +146,22 @@ token_log_probs_in_chunks.defvjp(_forward_in_chunks, _backward_in_chunks)
 
 
 def _split(x: Array, chunk: int) -> Array:
-    """[B, T, ...] as chunks [T / C, D, B / D, C, ...] of positions, D the parts that the mesh cuts the rows into."""
-    rows, length = x.shape[:2]
-    chunks = -(-length // chunk)
-    chunk = -(-length // chunks)
-    x = jnp.pad(x, [(0, 0), (0, chunks * chunk - length), *[(0, 0)] * (x.ndim - 2)])
-    parts = row_parts(rows)
-    x = jnp.moveaxis(x.reshape(parts, rows // parts, chunks, chunk, *x.shape[2:]), 2, 0)
+    """[B, T, ...] as chunks [M, D, C, ...] of positions, D the parts that the mesh cuts the rows into."""
+    parts = row_parts(x.shape[0])
+    x = x.reshape(parts, -1, *x.shape[2:])
+    chunks = -(-x.shape[1] // chunk)
+    chunk = -(-x.shape[1] // chunks)
+    x = jnp.pad(x, [(0, 0), (0, chunks * chunk - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
+    x = jnp.moveaxis(x.reshape(parts, chunks, chunk, *x.shape[2:]), 1, 0)
     return constrain(x, None, "batch", *[None] * (x.ndim - 2))
 
 
 def _merge(chunks: Array, shape: tuple[int, ...]) -> Array:
     """The inverse of `_split`: an array [B, T, ...] of this shape."""
-    x = jnp.moveaxis(chunks, 0, 2)
-    return x.reshape(shape[0], -1, *shape[2:])[:, : shape[1]]
+    x = jnp.moveaxis(chunks, 0, 1)
+    parts = x.shape[0]
+    x = x.reshape(parts, -1, *shape[2:])
+    return x[:, : math.prod(shape[:2]) // parts].reshape(shape)
 
 
 def sum_by_example(

@@ -64,7 +64,7 @@ class T5Config:
         not grow with the depth. Parameters, checkpoints and numbers stay the same.
       remat: what of a layer is computed again in the backward pass instead of kept: "none", all but the
         matrix products' results ("dots"), or all ("full").
-      logits_chunk: positions of a row whose logits are in memory at a time in training; the backward pass then
+      logits_chunk: positions whose logits a device has in memory at a time in training; the backward pass then
         multiplies them out again. None keeps the logits [B, To, V] of all.
     """
 

@@ -232,7 +232,7 @@ def temporary_bytes(work: Workload, layout: Layout) -> dict[str, float]:
         "logits and their gradient": rows
         * 2
         * _logits(work, parts)
-        * min(1, (config.logits_chunk or work.targets) / work.targets),
+        * min(1, (config.logits_chunk or rows * work.targets) / (rows * work.targets)),
         "within a layer": rows * 2 * layer,
         "relative biases and gradients": 2 * 4 * scores * (3 if work.value_positions else 2),
     }
