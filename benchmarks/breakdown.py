@@ -5,9 +5,10 @@
 
 The parts are programs of their own, so they need not add up to the step, in which the compiler may overlap and fuse
 them; the difference is a line. Networks are timed forward and backward (the reference forward) on one packed batch of
-`--batch` rows. Operations are those of `dro_jax.training.cost`: the matrix products of what a part has to do, nothing
-twice.
-The ceiling is what one large product reaches on the same device in the same type.
+`--batch` rows, each in the gradients of its own weights; the optimiser with the norms that the step reports. Data is
+the filling of rows and their way to the device, which in training happens while the step before runs. Operations are
+those of `dro_jax.training.cost`: the matrix products of what a part has to do, nothing twice.
+The ceiling is what large products, one after the other, reach on the same device in the same type.
 
 - Model FLOPs utilisation: operations of policy, value network and reference (where the step runs it) in a second, over
   the ceiling; and again with the operations that the real tokens alone need.
@@ -15,9 +16,9 @@ The ceiling is what one large product reaches on the same device in the same typ
 
 import argparse
 import functools
-import statistics
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -26,9 +27,10 @@ import numpy as np
 import optax
 import ours
 import workloads
+from flax.traverse_util import flatten_dict, unflatten_dict
 from measure import Result, in_turns, machine, report, result
 
-from dro_jax.data.packing import WINDOW, Batch
+from dro_jax.data.packing import WINDOW, Batch, Example, fill_rows
 from dro_jax.networks import T5, T5Config, ValueNetwork
 from dro_jax.training import cost, loop, step
 
@@ -44,32 +46,37 @@ def main() -> None:
         "--product", type=int, help="width of the large product (default: 8192, 2048 on CPU)"
     )
     flags = parser.parse_args()
+    conditions = machine(["jax", "jaxlib", "flax", "optax", "numpy"])
     config, cut = workloads.configure(flags), workloads.limits(flags)
     rows = max(WINDOW, flags.batch * workloads.MAX_EXAMPLES)
     examples = workloads.make_examples(rows, cut, config.vocab_size, seed=0)
-    batch = next(workloads.packed(examples, cut, rows=flags.batch, batch=flags.batch))
+    packed = workloads.packed_rows(examples, cut)[: flags.batch]
     on_cpu = jax.default_backend() == "cpu"
-    conditions = machine(["jax", "flax", "optax", "numpy"]) | {
-        "device": jax.devices()[0].device_kind,
-        "dtype": str(jnp.dtype(config.compute_dtype)),
-    }
+    conditions |= workloads.conditions(config)
     width = flags.product or (2048 if on_cpu else 8192)
     title = f"the parts of a step, T5 {flags.model}, {flags.batch} packed rows of {flags.lengths}"
-    report(title, conditions, measure(config, batch, width, flags.repeats), flags.output)
+    report(title, conditions, measure(config, packed, cut, width, flags.repeats), flags.output)
 
 
-def measure(config: T5Config, batch: Batch, width: int, repeats: int) -> Iterator[Result]:
-    """Times steps, their parts and the large product in turns."""
+def measure(
+    config: T5Config,
+    rows: Sequence[Sequence[Example]],
+    lengths: dict[str, int],
+    width: int,
+    repeats: int,
+) -> Iterator[Result]:
+    """Times steps on packed rows, their parts and the large products in turns."""
     trainer = ours.make_trainer(config)
-    calls = parts(trainer, batch)
+    fill = functools.partial(fill_rows, rows, lengths=lengths, max_examples=workloads.MAX_EXAMPLES)
+    batch = fill()
+    calls = parts(trainer, fill)
     names = list(calls)
     calls["step"] = functools.partial(trainer.run, [workloads.without_reference(batch)])
     calls["step, cached reference"] = functools.partial(trainer.run, [batch])
     calls["product"] = product(config, width)
     in_turns(calls, 1)
     seconds = in_turns(calls, repeats)
-    ceilings = [2 * width**3 / s for s in seconds["product"]]
-    ceiling = statistics.median(ceilings)
+    ceilings = [PRODUCTS * 2 * width**3 / s for s in seconds["product"]]
     needed = operations(config, batch)
     examples, tokens, positions = workloads.count(batch)
     yield result("examples", "in the batch", [examples])
@@ -77,27 +84,44 @@ def measure(config: T5Config, batch: Batch, width: int, repeats: int) -> Iterato
     yield result("ceiling: a large product", "TFLOP/s", [c / 1e12 for c in ceilings])
     for name in names:
         yield result(name, "ms", [1e3 * s for s in seconds[name]])
-        if name != "optimizer":
-            shares = [100 * needed[name] / s / ceiling for s in seconds[name]]
+        if name not in WITHOUT_PRODUCTS:
+            shares = [
+                100 * needed[name] / s / ceiling
+                for s, ceiling in zip(seconds[name], ceilings, strict=True)
+            ]
             yield result(f"{name}: of the ceiling", "%", shares)
     for name, left_out in (("step", ()), ("step, cached reference", ("reference",))):
-        counted = [part for part in names if part != "optimizer" and part not in left_out]
+        counted = [part for part in names if part not in (*WITHOUT_PRODUCTS, *left_out)]
         whole = sum(needed[part] for part in counted)
         real = sum(operations_of_real_tokens(config, batch)[part] for part in counted)
         yield result(name, "ms", [1e3 * s for s in seconds[name]])
         apart = [
-            s - sum(seconds[part][turn] for part in (*counted, "optimizer"))
+            s - sum(seconds[part][turn] for part in (*counted, *WITHOUT_PRODUCTS))
             for turn, s in enumerate(seconds[name])
         ]
         yield result(f"{name}: more than its parts", "ms", [1e3 * s for s in apart])
         for what, flops in (("all positions", whole), ("real tokens", real)):
-            used = [100 * flops / s / ceiling for s in seconds[name]]
+            used = [
+                100 * flops / s / ceiling
+                for s, ceiling in zip(seconds[name], ceilings, strict=True)
+            ]
             yield result(f"{name}: model FLOPs utilisation, {what}", "%", used)
 
 
-def parts(trainer: ours.Trainer, host: Batch) -> dict[str, Callable[[], float]]:
+PRODUCTS = 10
+"""One after the other, so that the call costs nothing beside them."""
+
+WITHOUT_PRODUCTS = ("optimizer", "data")
+"""Parts that have none."""
+
+
+def parts(trainer: ours.Trainer, fill: Callable[[], Batch]) -> dict[str, Callable[[], float]]:
     """Returns what runs each part of a step once and returns its seconds."""
-    config, batch = trainer.config, loop.to_devices(host, trainer.sharding)
+
+    def data() -> dict[str, Array]:
+        return loop.to_devices(fill(), trainer.sharding)
+
+    config, batch = trainer.config, data()
     tokens, targets = batch["encoder_input_tokens"], batch["decoder_input_tokens"]
     segments, own = batch["encoder_segment_ids"], batch["decoder_segment_ids"]
     policy = trainer.reference
@@ -126,43 +150,60 @@ def parts(trainer: ours.Trainer, host: Batch) -> dict[str, Callable[[], float]]:
         slots = batch["rewards"].shape[1]
         return ValueNetwork(config).apply({"params": params}, tokens, segments, slots)
 
-    def gradients(function: Callable[..., Array]) -> Callable[..., Any]:
-        """The gradients of a sum in all arguments."""
+    def gradients(function: Callable[..., Array], own: str) -> Callable[..., Any]:
+        """The gradients of a sum in the weights whose names begin so, and in the function's other arguments."""
 
-        def run(*inputs: Any) -> Any:
-            found, pull = jax.vjp(function, *inputs)
+        def run(params: Any, *inputs: Any) -> Any:
+            flat = flatten_dict(params, sep="/")
+            weights = {name: weight for name, weight in flat.items() if re.match(own, name)}
+
+            def of_weights(weights: Any, *inputs: Any) -> Array:
+                return function(unflatten_dict(flat | weights, sep="/"), *inputs)
+
+            found, pull = jax.vjp(of_weights, weights, *inputs)
             return pull(jnp.ones_like(found))
 
         return jax.jit(run)
 
     @jax.jit
-    def update(params: Any, state: Any) -> Any:
-        # As in the step, gradients are arrays and not constants.
-        grads = jax.tree.map(lambda x: 1e-3 * x, params)
-        updated = {}
+    def update(params: Any, grads: Any, state: Any) -> Any:
+        updated, norms = {}, {}
         for part, transform in ours.OPTIMIZER.transforms().items():
             updates, state[part] = transform.update(grads[part], state[part], params[part])
             updated[part] = optax.apply_updates(params[part], updates)
-        return updated, state
+            norms[part] = optax.tree.norm(updated[part]), optax.tree.norm(grads[part])
+        return updated, state, norms
 
     encoded = jax.jit(encode)(policy)
     states = jax.jit(decode)(policy, encoded)
     reference = jax.jit(functools.partial(step.sequence_log_prob, config))
     params = {"policy": policy, "value": value}
+    grads = jax.tree.map(lambda x: 1e-3 * x, params)
+    of_encoder = gradients(encode, "token_embedder|encoder")
+    of_decoder = gradients(decode, "token_embedder|decoder/(?!logits_dense)")
+    of_logits = gradients(log_probs, "decoder/logits_dense")
     return {
-        "encoder": functools.partial(timed, gradients(encode), policy),
-        "decoder": functools.partial(timed, gradients(decode), policy, encoded),
-        "vocabulary": functools.partial(timed, gradients(log_probs), policy, states),
-        "value": functools.partial(timed, gradients(values), value),
+        "encoder": functools.partial(timed, of_encoder, policy),
+        "decoder": functools.partial(timed, of_decoder, policy, encoded),
+        "vocabulary": functools.partial(timed, of_logits, policy, states),
+        "value": functools.partial(timed, gradients(values, ""), value),
         "reference": functools.partial(timed, reference, policy, batch),
-        "optimizer": functools.partial(timed, update, params, opt_state),
+        "optimizer": functools.partial(timed, update, params, grads, opt_state),
+        "data": functools.partial(timed, data),
     }
 
 
 def product(config: T5Config, width: int) -> Callable[[], float]:
-    """Returns what times one product of two square matrices in the compute type."""
-    factors = jax.random.normal(jax.random.key(0), (2, width, width), config.compute_dtype)
-    return functools.partial(timed, jax.jit(jnp.matmul), *factors)
+    """Returns what times products of square matrices in the compute type, each with the one before."""
+    first, factor = jax.random.normal(jax.random.key(0), (2, width, width), config.compute_dtype)
+    # So that products stay of size 1.
+    factor = factor / width**0.5
+
+    @jax.jit
+    def chain(first: Array, factor: Array) -> Array:
+        return jax.lax.fori_loop(0, PRODUCTS, lambda _, x: x @ factor, first)
+
+    return functools.partial(timed, chain, first, factor)
 
 
 def timed(function: Callable[..., Any], *inputs: Any) -> float:

@@ -76,6 +76,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="default: %(default)s")
     parser.add_argument("--output", help="a JSON file for the results")
     flags = parser.parse_args()
+    # Both sides where both can be.
+    jax.config.update("jax_platforms", "cpu")
     host_memory.keep_freed_memory()
     conditions = machine(["jax", "torch", "transformers", "numpy"])
     torch.set_num_threads(len(os.sched_getaffinity(0)))

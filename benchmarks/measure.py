@@ -37,11 +37,16 @@ def result(name: str, unit: str, values: Sequence[float]) -> Result:
 
 
 def in_turns(measurements: Mapping[str, Callable[[], T]], repeats: int) -> dict[str, list[T]]:
-    """Takes every measurement `repeats` times, in turns: what else the machine does falls on all of them."""
+    """Takes every measurement `repeats` times, in turns: what else the machine does falls on all of them.
+
+    Every other turn is in reverse, as the machine may grow slower or faster within one.
+    """
     taken: dict[str, list[T]] = {name: [] for name in measurements}
+    order = list(measurements)
     for _ in range(repeats):
-        for name, measure in measurements.items():
-            taken[name].append(measure())
+        for name in order:
+            taken[name].append(measurements[name]())
+        order.reverse()
     return taken
 
 

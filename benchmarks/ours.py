@@ -53,12 +53,12 @@ class Trainer:
         return partitioning.batch_sharding(self.layout.mesh, self.layout.rules)
 
 
-def make_trainer(config: T5Config) -> Trainer:
-    """Returns a training from random weights on the first device."""
-    rules = partitioning.Partitioning()
+def make_trainer(config: T5Config, devices: int = 1) -> Trainer:
+    """Returns a training from random weights on the first devices, over which rows and weights are cut."""
+    rules = partitioning.Partitioning(fsdp=devices)
     transforms = OPTIMIZER.transforms()
     layout = train_state.make_layout(
-        config, transforms, has_value=True, mesh=rules.mesh(jax.devices()[:1]), rules=rules
+        config, transforms, has_value=True, mesh=rules.mesh(jax.devices()[:devices]), rules=rules
     )
     reference = train_state.init_reference(config, 0, layout)
     return Trainer(

@@ -4,9 +4,9 @@
     python benchmarks/step.py --output step.json                                   # two CPU cores
     python benchmarks/step.py --model large --batch 32 --lengths 512/512 --compile # a GPU
 
-Both sides train on the same examples, of real lengths (see workloads.py), and take turns, so that what else the machine
-does falls on both. A turn is some whole steps, from NumPy batches to updated weights, and ends when the device has done
-them; programs are compiled before. theirs.py says what the other side is.
+Both sides train on examples of real lengths (see workloads.py), the padded ones on the same, and take turns, so that
+what else the machine does falls on both. A turn is some whole steps, from NumPy batches to updated weights, and ends
+when the device has done them; programs are compiled before. theirs.py says what the other side is.
 
 - ours, like for like: one example a row, the reference in the step, rows as long as the batch's longest, rounded up
   so that there are few programs to compile.
@@ -14,10 +14,11 @@ them; programs are compiled before. theirs.py says what the other side is.
 - ours, cached reference: to the maximum, but the batches carry the reference's log-probabilities.
 - ours, packed and cached: as `dro_jax train` with both; as many rows as hold about `--batch` examples.
 - PyTorch, to the longest and to the maximum: one example a row, padded to the longest of its batch or to `--lengths`.
+- PyTorch, cached reference: to the longest, without a pass of the reference.
 
-Ours are compared with the faster of PyTorch's that pad to the longest, and the two that pad to the maximum with each
-other too, as their positions are the same. The process keeps its freed memory, as `dro_jax` does on CPU: that is worth
-as much to PyTorch.
+All of ours are compared with the fastest of PyTorch's that pad to the longest and run the reference; what runs no
+reference with PyTorch's that runs none, and what pads to the maximum with PyTorch's that does, as well. The process
+keeps its freed memory, as `dro_jax` does on CPU: that is worth as much to PyTorch.
 
 Ours needs neither TensorFlow nor SeqIO; `--sides ours` needs no PyTorch either. The machine should have nothing else to
 do: PyTorch's threads suffer more from others than ours (NOTES.md).
@@ -40,6 +41,19 @@ from dro_jax.networks import T5Config
 ROUNDING = 64
 """Our rows that are as long as their longest are a multiple of so many tokens."""
 
+OURS = (
+    "ours, like for like",
+    "ours, to the maximum",
+    "ours, cached reference",
+    "ours, packed and cached",
+)
+BASES = {
+    "to the longest": OURS,
+    "to the maximum": OURS[1:2],
+    "cached reference": OURS[2:],
+}
+"""By what PyTorch's do, which of ours are compared with the fastest of them."""
+
 Run = Callable[[Sequence[Batch]], float]
 
 
@@ -53,22 +67,34 @@ def main() -> None:
     parser.add_argument(
         "--compile", action="store_true", help="measure PyTorch with torch.compile too"
     )
+    parser.add_argument(
+        "--attention",
+        choices=("sdpa", "eager"),
+        default="sdpa",
+        help="PyTorch's (default: %(default)s)",
+    )
     flags = parser.parse_args()
+    packages = ["jax", "jaxlib", "flax", "optax", "numpy"]
+    if flags.sides != "ours":
+        packages += ["torch", "transformers"]
+    conditions = machine(packages)
     config, cut = workloads.configure(flags), workloads.limits(flags)
     needed = flags.batch * flags.steps * flags.repeats
     examples = workloads.make_examples(max(needed, WINDOW), cut, config.vocab_size, seed=0)
-    packages, sides = ["jax", "flax", "optax", "numpy"], {}
+    sides = {}
     if flags.sides != "theirs":
         sides |= our_sides(config, examples, flags.batch, cut)
     if flags.sides != "ours":
-        packages += ["torch", "transformers"]
-        sides |= their_sides(config, examples, flags.batch, cut, compiled=flags.compile)
-    conditions = machine(packages) | {
-        "device": jax.devices()[0].device_kind,
-        "dtype": str(jax.numpy.dtype(config.compute_dtype)),
-        "layers": f"{'scanned' if config.scan_layers else 'unrolled'}, remat {config.remat}, "
-        f"logits_chunk {config.logits_chunk}",
-    }
+        sides |= their_sides(
+            config,
+            examples,
+            flags.batch,
+            cut,
+            compiled=flags.compile,
+            attention=flags.attention,
+        )
+        conditions["PyTorch's"] = f"AdamW, attention {flags.attention}"
+    conditions |= workloads.conditions(config)
     title = f"a step of DRO-V, T5 {flags.model}, batch {flags.batch}, cut at {flags.lengths} tokens"
     report(title, conditions, measure(sides, flags.steps, flags.repeats), flags.output)
 
@@ -78,17 +104,15 @@ def our_sides(
 ) -> dict[str, tuple[Run, Iterator[Batch]]]:
     """Returns how our variants take steps, and their batches. They go on with one training."""
     run = ours.make_trainer(config).run
-    longest = workloads.padded(examples, batch, multiple=ROUNDING)
+    longest = workloads.padded(examples, batch, cut, multiple=ROUNDING)
     maximum = workloads.padded_to(examples, batch, cut)
-    return {
-        "ours, like for like": (run, map(workloads.without_reference, longest)),
-        "ours, to the maximum": (run, map(workloads.without_reference, maximum)),
-        "ours, cached reference": (run, workloads.padded_to(examples, batch, cut)),
-        "ours, packed and cached": (
-            run,
-            workloads.packed(examples, cut, rows=None, batch=batch),
-        ),
-    }
+    batches = (
+        map(workloads.without_reference, longest),
+        map(workloads.without_reference, maximum),
+        workloads.padded_to(examples, batch, cut),
+        workloads.packed(examples, cut, batch=batch),
+    )
+    return {name: (run, some) for name, some in zip(OURS, batches, strict=True)}
 
 
 def their_sides(
@@ -98,6 +122,7 @@ def their_sides(
     cut: dict[str, int],
     *,
     compiled: bool,
+    attention: str,
 ) -> dict[str, tuple[Run, Iterator[Batch]]]:
     """Returns how PyTorch's variants take steps, and their batches. They go on with one training."""
     # Ours runs where there is no PyTorch.
@@ -105,19 +130,27 @@ def their_sides(
 
     device = "cpu" if jax.default_backend() == "cpu" else "cuda"
     bfloat16 = config.compute_dtype == jax.numpy.bfloat16
-    eager = theirs.make_trainer(config, device, bfloat16=bfloat16)
+    eager = theirs.make_trainer(config, device, bfloat16=bfloat16, attention=attention)
     trainers = {"PyTorch": (eager, eager)}
     if compiled:
         trainers["PyTorch, compiled"] = (
             theirs.compiled(eager, dynamic=True),
             theirs.compiled(eager, dynamic=False),
         )
+
+    def longest() -> Iterator[Batch]:
+        # Tensor cores and their kernels want lengths that are multiples.
+        return workloads.padded(examples, batch, cut, multiple=1 if device == "cpu" else 8)
+
     sides: dict[str, tuple[Run, Iterator[Batch]]] = {}
     for name, (any_length, one_length) in trainers.items():
-        longest = workloads.padded(examples, batch, multiple=1)
-        sides[f"{name}, to the longest"] = any_length.run, longest
         maximum = workloads.padded_to(examples, batch, cut)
-        sides[f"{name}, to the maximum"] = one_length.run, maximum
+        without = workloads.without_reference
+        sides |= {
+            f"{name}, to the longest": (any_length.run, map(without, longest())),
+            f"{name}, to the maximum": (one_length.run, map(without, maximum)),
+            f"{name}, cached reference": (any_length.run, longest()),
+        }
     return sides
 
 
@@ -149,18 +182,23 @@ def measure(
         yield result(f"{name}: a step", "ms", [1e3 * s / steps for s in taken])
         yield result(f"{name}: examples", "a second", speeds[name][0])
         yield result(f"{name}: real tokens", "a second", speeds[name][1])
-    mine = [name for name in sides if name.startswith("ours")]
-    same_lengths = [name for name in mine if "maximum" in name]
-    for lengths, compared in (("longest", mine), ("maximum", same_lengths)):
-        theirs = [name for name in sides if name.startswith("PyTorch") and lengths in name]
+    for kind, compared in BASES.items():
+        theirs = [name for name in sides if name.startswith("PyTorch") and kind in name]
         if not theirs:
             continue
-        base = max(theirs, key=lambda name: statistics.median(speeds[name][1]))
+        base = max(theirs, key=lambda name: statistics.median(speeds[name][0]))
         for name in compared:
-            for kind, of in ((0, "examples"), (1, "real tokens")):
-                pairs = zip(speeds[name][kind], speeds[base][kind], strict=True)
-                ratios = [ours / other for ours, other in pairs]
-                yield result(f"{name} / {base}: {of}", "times", ratios)
+            if name not in speeds:
+                continue
+            # Where both sides have the same batches, tokens would say the same again.
+            kinds = (
+                ((0, "examples"), (1, "real tokens")) if "packed" in name else ((0, "examples"),)
+            )
+            for column, of in kinds:
+                pairs = zip(speeds[name][column], speeds[base][column], strict=True)
+                yield result(
+                    f"{name} / {base}: {of}", "times", [mine / other for mine, other in pairs]
+                )
 
 
 def run_next(run: Run, turns: Iterator[Sequence[Batch]]) -> float:

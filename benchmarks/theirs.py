@@ -1,16 +1,19 @@
 """The other side of the step benchmark: DRO-V as it would be written in PyTorch with transformers' T5.
 
 Policy and frozen reference are `T5ForConditionalGeneration`, the value network a `T5EncoderModel` with a linear head
-on the mean of its states (so it has no decoder, which ours has). One pass of each network a step and one backward pass
-for both losses; transformers' own attention (SDPA where its T5 has it); AdamW, fused; bfloat16 by autocast with float32
-weights, the frozen reference in bfloat16 altogether. Nothing waits for the device within a step.
+on the mean of its states (so it has no decoder, which ours has). One pass of each network a step, none of the reference
+where batches carry its log-probabilities, and one backward pass for both losses; transformers' own attention (SDPA with
+the position bias in its mask, or eager); AdamW, fused, whose update costs less time and more memory than our Adafactor;
+bfloat16 by autocast with float32 weights, the frozen reference in bfloat16 altogether, which is faster than to run it
+as the policy is run and lets the log-ratio begin near 0 and not at it. Logits are of all positions, as trainers of
+preference data have them by default. Nothing waits for the device within a step.
 """
 
 import copy
 import dataclasses
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -37,7 +40,7 @@ class Value(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """Values [B] of prompts [B, T]."""
         states = self.t5(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        mask = attention_mask[..., None].to(states.dtype)
+        mask = (input_ids > 0)[..., None].to(states.dtype)
         return self.head((states * mask).sum(1) / mask.sum(1)).squeeze(-1).float()
 
 
@@ -45,7 +48,7 @@ def log_prob(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Returns log pi(y|x) [B], the sum over the target tokens, in nats."""
     logits = model(
         input_ids=batch["inputs"],
-        attention_mask=batch["mask"],
+        attention_mask=batch["attention_mask"],
         # Padding is behind the end, where the causal mask hides it.
         decoder_input_ids=batch["shifted"],
         use_cache=False,
@@ -68,6 +71,7 @@ class Trainer:
       optimizer: of policy and value.
       device: where they are.
       bfloat16: whether products are in bfloat16.
+      log_prob: the function of that name, or the same compiled.
     """
 
     policy: nn.Module
@@ -76,16 +80,19 @@ class Trainer:
     optimizer: torch.optim.Optimizer
     device: torch.device
     bfloat16: bool
+    log_prob: Callable[[nn.Module, dict[str, Tensor]], Tensor] = log_prob
 
     def step(self, host: Batch) -> Tensor:
         """Takes a step on a batch of one example a row and returns its loss."""
         batch = self.to_device(host)
+        reference_log_prob = batch.pop("reference_log_probs", None)
+        rewards = batch.pop("rewards")
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
-            with torch.inference_mode():
-                reference_log_prob = log_prob(self.reference, batch)
-            policy_log_prob = log_prob(self.policy, batch)
-            value = self.value(batch["inputs"], batch["mask"])
-        rewards = batch["rewards"]
+            if reference_log_prob is None:
+                with torch.no_grad():
+                    reference_log_prob = self.log_prob(self.reference, batch)
+            policy_log_prob = self.log_prob(self.policy, batch)
+            value = self.value(batch["inputs"], batch["attention_mask"])
         log_ratio = policy_log_prob - reference_log_prob
         # The two gradients of the paper's eq. 4, as one sum.
         of_policy = (rewards - value.detach() - TAU * log_ratio).square().mean() / (2 * TAU)
@@ -108,21 +115,40 @@ class Trainer:
     def to_device(self, host: Batch) -> dict[str, Tensor]:
         """Returns a batch as transformers takes it."""
 
-        def tokens(name: str) -> Tensor:
-            return torch.from_numpy(host[name].astype(np.int64)).to(self.device, non_blocking=True)
+        def moved(array: np.ndarray) -> Tensor:
+            tensor = torch.from_numpy(array)
+            # Only from pinned memory a copy does not wait.
+            tensor = tensor.pin_memory() if self.device.type == "cuda" else tensor
+            return tensor.to(self.device, non_blocking=True)
 
-        inputs = tokens("encoder_input_tokens")
-        return {
+        inputs = moved(host["encoder_input_tokens"].astype(np.int64))
+        # In the shape of the scores: of a mask [B, T] transformers asks the device whether it is all ones.
+        mask = (inputs > 0)[:, None, None, :]
+        if self.policy.config._attn_implementation == "eager":
+            mask = torch.where(mask, 0.0, torch.finfo(torch.float32).min)
+        batch = {
             "inputs": inputs,
-            "mask": (inputs > 0).long(),
-            "shifted": tokens("decoder_input_tokens"),
-            "targets": tokens("decoder_target_tokens"),
-            "rewards": torch.from_numpy(host["rewards"][:, 0]).to(self.device),
+            "attention_mask": mask,
+            "shifted": moved(host["decoder_input_tokens"].astype(np.int64)),
+            "targets": moved(host["decoder_target_tokens"].astype(np.int64)),
+            "rewards": moved(host["rewards"][:, 0]),
         }
+        if "reference_log_probs" in host:
+            batch["reference_log_probs"] = moved(host["reference_log_probs"][:, 0])
+        return batch
 
 
-def make_trainer(config: T5Config, device: str, *, bfloat16: bool) -> Trainer:
-    """Returns a training from random weights of our model's shape, on "cpu" or "cuda"."""
+def make_trainer(config: T5Config, device: str, *, bfloat16: bool, attention: str) -> Trainer:
+    """Returns a training from random weights of our model's shape.
+
+    Args:
+      config: the shape.
+      device: "cpu" or "cuda".
+      bfloat16: whether products are in bfloat16.
+      attention: "sdpa" or "eager".
+    """
+    # As XLA has it.
+    torch.set_flush_denormal(True)
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     torch.set_float32_matmul_precision("high")
     shape = {
@@ -133,11 +159,13 @@ def make_trainer(config: T5Config, device: str, *, bfloat16: bool) -> Trainer:
         "num_heads": config.num_heads,
         "relative_attention_num_buckets": config.relative_buckets,
         "relative_attention_max_distance": config.relative_max_distance,
-        "feed_forward_proj": "gated-gelu",
+        # "gated-gelu" means the same function in more kernels.
+        "feed_forward_proj": "gated-gelu_pytorch_tanh",
         "dropout_rate": 0.0,
         "decoder_start_token_id": 0,
         "tie_word_embeddings": False,
         "num_layers": config.num_encoder_layers,
+        "attn_implementation": attention,
     }
     on = torch.device(device)
     torch.manual_seed(0)
@@ -145,9 +173,9 @@ def make_trainer(config: T5Config, device: str, *, bfloat16: bool) -> Trainer:
         policy = transformers.T5ForConditionalGeneration(
             transformers.T5Config(**shape, num_decoder_layers=config.num_decoder_layers)
         )
-        # Version 5 ties what 1.1 does not.
-        if policy.lm_head.weight is policy.shared.weight:
-            policy.lm_head.weight = nn.Parameter(policy.lm_head.weight.detach().clone())
+        # Version 5 ties what 1.1 does not. Logits of about 1, as ours are.
+        policy.lm_head.weight = nn.Parameter(torch.empty_like(policy.lm_head.weight))
+        nn.init.normal_(policy.lm_head.weight, std=config.emb_dim**-0.5)
         value = Value(transformers.T5Config(**shape))
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     if bfloat16:
@@ -164,10 +192,11 @@ def make_trainer(config: T5Config, device: str, *, bfloat16: bool) -> Trainer:
 
 
 def compiled(trainer: Trainer, *, dynamic: bool) -> Trainer:
-    """Returns the same training with its networks compiled, for any lengths or for one."""
+    """Returns the same training with its networks and their losses compiled, for any lengths or for one."""
+    # Beyond the limit it would go on without a compiler and say nothing.
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     return dataclasses.replace(
         trainer,
-        policy=torch.compile(trainer.policy, dynamic=dynamic),
-        value=torch.compile(trainer.value, dynamic=dynamic),
-        reference=torch.compile(trainer.reference, dynamic=dynamic),
+        value=torch.compile(trainer.value, dynamic=dynamic, fullgraph=True),
+        log_prob=torch.compile(log_prob, dynamic=dynamic, fullgraph=True),
     )

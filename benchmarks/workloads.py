@@ -100,6 +100,16 @@ def configure(flags: argparse.Namespace) -> T5Config:
     return dataclasses.replace(SHAPES[flags.model], **changes)
 
 
+def conditions(config: T5Config) -> dict[str, str]:
+    """Returns what a step's numbers depend on beside the machine."""
+    return {
+        "device": jax.devices()[0].device_kind,
+        "dtype": str(jax.numpy.dtype(config.compute_dtype)),
+        "layers": f"{'scanned' if config.scan_layers else 'unrolled'}, remat {config.remat}, "
+        f"logits_chunk {config.logits_chunk}",
+    }
+
+
 def limits(flags: argparse.Namespace) -> dict[str, int]:
     """Returns what `--lengths` says, by feature."""
     inputs, targets = (int(length) for length in flags.lengths.split("/"))
@@ -145,16 +155,15 @@ def make_examples(rows: int, cut: dict[str, int], vocab_size: int, seed: int) ->
     ]
 
 
-def padded(examples: Sequence[Example], batch: int, *, multiple: int) -> Iterator[Batch]:
-    """Yields batches of one example a row, as long as their longest, rounded up to a multiple."""
+def padded(
+    examples: Sequence[Example], batch: int, cut: dict[str, int], *, multiple: int
+) -> Iterator[Batch]:
+    """Yields batches of one example a row, as long as their longest, rounded up to a multiple or `cut`."""
     for first in range(0, len(examples) - batch + 1, batch):
         some = examples[first : first + batch]
         longest = -(-text_lengths(some).max(axis=0) // multiple) * multiple
-        yield fill_rows(
-            [[example] for example in some],
-            lengths=dict(zip(("inputs", "targets"), map(int, longest), strict=True)),
-            max_examples=1,
-        )
+        lengths = {name: min(int(n), cut[name]) for name, n in zip(cut, longest, strict=True)}
+        yield fill_rows([[example] for example in some], lengths=lengths, max_examples=1)
 
 
 def padded_to(examples: Sequence[Example], batch: int, lengths: dict[str, int]) -> Iterator[Batch]:
@@ -164,26 +173,22 @@ def padded_to(examples: Sequence[Example], batch: int, lengths: dict[str, int]) 
         yield fill_rows(rows, lengths=lengths, max_examples=1)
 
 
-def packed(
-    examples: Sequence[Example], lengths: dict[str, int], *, rows: int | None, batch: int
-) -> Iterator[Batch]:
-    """Yields batches of packed rows in random order, as `dro_jax train` has them.
-
-    Args:
-      examples: packed together by `WINDOW`.
-      lengths: tokens a row holds.
-      rows: of a batch; None for as many as hold about `batch` examples.
-      batch: see `rows`.
-    """
-    order = np.random.default_rng(0)
+def packed_rows(examples: Sequence[Example], lengths: dict[str, int]) -> list[list[Example]]:
+    """Returns the examples in rows that hold so many tokens, packed and drawn as `dro_jax train` does."""
+    order, rows = np.random.default_rng(0), []
     for start in range(0, len(examples), WINDOW):
         window = examples[start : start + WINDOW]
         found = pack(text_lengths(window), list(lengths.values()), MAX_EXAMPLES)
-        found = [found[number] for number in order.permutation(len(found))]
-        rows = rows or max(1, round(batch * len(found) / len(window)))
-        for first in range(0, len(found) - rows + 1, rows):
-            some = [[window[i] for i in row] for row in found[first : first + rows]]
-            yield fill_rows(some, lengths=lengths, max_examples=MAX_EXAMPLES)
+        rows += [[window[i] for i in found[row]] for row in order.permutation(len(found))]
+    return rows
+
+
+def packed(examples: Sequence[Example], lengths: dict[str, int], *, batch: int) -> Iterator[Batch]:
+    """Yields batches of as many packed rows as hold about `batch` examples."""
+    rows = packed_rows(examples, lengths)
+    size = max(1, round(batch * len(rows) / len(examples)))
+    for first in range(0, len(rows) - size + 1, size):
+        yield fill_rows(rows[first : first + size], lengths=lengths, max_examples=MAX_EXAMPLES)
 
 
 def without_reference(batch: Batch) -> Batch:

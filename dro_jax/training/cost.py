@@ -88,11 +88,6 @@ class Flops:
         """All that the devices do."""
         return sum(dataclasses.astuple(self))
 
-    @property
-    def useful(self) -> float:
-        """What model FLOPs utilisation counts: all but what is done twice."""
-        return self.total - self.recomputed
-
 
 def flops(work: Workload, parameters: int) -> Flops:
     """Operations of a step.

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import running
 
+from dro_jax.data.packing import fill_rows
 from dro_jax.training import cost
 
-PARTS = ["encoder", "decoder", "vocabulary", "value", "reference", "optimizer"]
+NETWORKS = ["encoder", "decoder", "vocabulary", "value", "reference"]
+PARTS = [*NETWORKS, "optimizer", "data"]
 
 
 def test_every_part_has_a_time_and_a_share_of_the_ceiling(tmp_path):
@@ -21,7 +23,7 @@ def test_every_part_has_a_time_and_a_share_of_the_ceiling(tmp_path):
     lines = found["results"]
     expected = ["examples", "real tokens", "ceiling: a large product"]
     for part in PARTS:
-        expected += [part] if part == "optimizer" else [part, f"{part}: of the ceiling"]
+        expected += [part, f"{part}: of the ceiling"] if part in NETWORKS else [part]
     for name in ("step", "step, cached reference"):
         used = f"{name}: model FLOPs utilisation"
         expected += [name, f"{name}: more than its parts"]
@@ -34,8 +36,7 @@ def test_every_part_has_a_time_and_a_share_of_the_ceiling(tmp_path):
     assert at["step: more than its parts"] == pytest.approx(apart)
     used = "step: model FLOPs utilisation"
     assert at[f"{used}, real tokens"] < at[f"{used}, all positions"]
-    networks = [part for part in PARTS if part != "optimizer"]
-    shares = sum(at[part] * at[f"{part}: of the ceiling"] for part in networks)
+    shares = sum(at[part] * at[f"{part}: of the ceiling"] for part in NETWORKS)
     assert at["step"] * at[f"{used}, all positions"] == pytest.approx(shares)
 
 
@@ -48,7 +49,8 @@ def test_operations_of_real_tokens_are_those_of_each_example_alone(monkeypatch):
 
     config, cut = workloads.SHAPES["trial"], {"inputs": 12, "targets": 10}
     examples = workloads.make_examples(40, {"inputs": 6, "targets": 5}, config.vocab_size, 0)
-    (batch, *_) = workloads.packed(examples, cut, rows=4, batch=4)
+    rows = workloads.packed_rows(examples, cut)[:4]
+    batch = fill_rows(rows, lengths=cut, max_examples=workloads.MAX_EXAMPLES)
     lengths = [
         np.bincount(batch[f"{side}_segment_ids"].ravel() + 17 * np.repeat(range(4), width))
         for side, width in (("encoder", 12), ("decoder", 10))
@@ -60,6 +62,6 @@ def test_operations_of_real_tokens_are_those_of_each_example_alone(monkeypatch):
     ]
     assert len(alone) == workloads.count(batch)[0] > 4
     found = breakdown.operations_of_real_tokens(config, batch)
-    for part in ("encoder", "decoder", "vocabulary", "value", "reference"):
+    for part in NETWORKS:
         assert found[part] == pytest.approx(sum(getattr(one, part) for one in alone))
         assert 0 < found[part] < breakdown.operations(config, batch)[part]

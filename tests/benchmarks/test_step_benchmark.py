@@ -13,7 +13,7 @@ OURS = [
     "ours, cached reference",
     "ours, packed and cached",
 ]
-THEIRS = ["PyTorch, to the longest", "PyTorch, to the maximum"]
+THEIRS = ["PyTorch, to the longest", "PyTorch, to the maximum", "PyTorch, cached reference"]
 STEPS = ["--steps=1", "--repeats=2"]
 
 
@@ -38,9 +38,9 @@ def test_our_side_needs_arrays_alone(tmp_path):
     assert found["conditions"]["layers"] == "unrolled, remat none, logits_chunk 4"
     assert found["conditions"]["dtype"] == "float32"
     assert "torch" not in found["conditions"]
-    # Rows of two examples: 64 + 64 positions where they are rounded up, else 8 + 8.
+    # Two rows of 8 + 8 positions: rounding up ends at the cut.
     medians = {name: line["median"] for name, line in lines.items()}
-    assert medians["ours, like for like: positions"] == 256
+    assert medians["ours, like for like: positions"] == 32
     assert medians["ours, to the maximum: positions"] == 32
     assert medians["ours, cached reference: positions"] == 32
     for side in OURS:
@@ -56,11 +56,11 @@ def test_every_turn_is_of_the_side_s_own_batches(monkeypatch):
     import step
     import workloads
 
-    seen = {"ours, one": [], "PyTorch, to the longest": []}
+    seen = {"ours, to the maximum": [], "PyTorch, to the longest": []}
     examples = workloads.make_examples(8, {"inputs": 8, "targets": 8}, 64, 0)
     longer = {"inputs": 9, "targets": 9}
     of_sides = {
-        "ours, one": list(workloads.padded(examples, 2, multiple=1)),
+        "ours, to the maximum": list(workloads.padded(examples, 2, longer, multiple=1)),
         "PyTorch, to the longest": list(workloads.padded_to(examples, 2, longer)),
     }
     # A second a row for ours, two for theirs.
@@ -77,9 +77,9 @@ def test_every_turn_is_of_the_side_s_own_batches(monkeypatch):
         shapes = [step.batch_shape(batch) for batch in batches]
         assert sorted(map(step.batch_shape, warm)) == sorted(set(shapes))
         assert turns == [batches[:2], batches[2:]]
-    assert lines["ours, one: examples"].median == 1
+    assert lines["ours, to the maximum: examples"].median == 1
     assert lines["PyTorch, to the longest: examples"].median == 0.5
-    ratio = lines["ours, one / PyTorch, to the longest: real tokens"]
+    ratio = lines["ours, to the maximum / PyTorch, to the longest: examples"]
     assert ratio.least == ratio.most == 2
 
 
@@ -87,21 +87,19 @@ def test_every_turn_is_of_the_side_s_own_batches(monkeypatch):
 def test_ratios_are_of_the_turns_beside_each_other(tmp_path):
     found = running.run("step", *running.TRIAL, *STEPS, output=tmp_path / "results.json")
     lines = found["results"]
-    base = "PyTorch, to the longest"
-    pairs = [*((side, base) for side in OURS), ("ours, to the maximum", "PyTorch, to the maximum")]
-    ratios = [
-        f"{side} / {other}: {of}" for side, other in pairs for of in ("examples", "real tokens")
-    ]
+    longest, maximum, cached = THEIRS
+    _, to_maximum, with_cache, packed = OURS
+    ratios = [f"{side} / {longest}: examples" for side in OURS]
+    ratios += [f"{packed} / {longest}: real tokens", f"{to_maximum} / {maximum}: examples"]
+    ratios += [f"{with_cache} / {cached}: examples"]
+    ratios += [f"{packed} / {cached}: {of}" for of in ("examples", "real tokens")]
     assert list(lines) == [*names([*OURS, *THEIRS]), *ratios]
     # Two turns: both medians are means, and the ratio lies between the turns' extremes.
     for side in OURS:
-        mine, theirs = lines[f"{side}: examples"], lines[f"{base}: examples"]
-        ratio = lines[f"{side} / {base}: examples"]
+        mine, theirs = lines[f"{side}: examples"], lines[f"{longest}: examples"]
+        ratio = lines[f"{side} / {longest}: examples"]
         assert mine["least"] / theirs["most"] <= ratio["least"]
         assert ratio["most"] <= mine["most"] / theirs["least"]
-    # Like for like: the same examples in the same turn.
-    same = (lines[f"ours, like for like / {base}: {of}"] for of in ("examples", "real tokens"))
-    assert np.isclose(*(line["median"] for line in same))
 
 
 @pytest.mark.skipif(bool(MISSING), reason=f"needs the extra `bench`: no {' and no '.join(MISSING)}")
@@ -119,18 +117,19 @@ def test_both_sides_compute_the_same_log_probabilities_and_loss(monkeypatch):
     from dro_jax.training import step, train_state
 
     config = workloads.SHAPES["trial"]
-    examples = workloads.make_examples(4, {"inputs": 8, "targets": 9}, config.vocab_size, 0)
-    (batch,) = workloads.padded(examples, 4, multiple=1)
+    cut = {"inputs": 8, "targets": 9}
+    examples = workloads.make_examples(4, cut, config.vocab_size, 0)
+    (batch,) = map(workloads.without_reference, workloads.padded(examples, 4, cut, multiple=1))
     params = meta.unbox(jax.jit(lambda: train_state.init_policy(config, 0))())
     ours = np.asarray(jax.jit(lambda p: step.sequence_log_prob(config, p, batch))(params))[:, 0]
 
-    trainer = theirs.make_trainer(config, "cpu", bfloat16=False)
+    trainer = theirs.make_trainer(config, "cpu", bfloat16=False, attention="sdpa")
     trainer.policy = generate.in_transformers(config, params)
     host = trainer.to_device(batch)
     with torch.no_grad():
         found = theirs.log_prob(trainer.policy, host).numpy()
         reference = theirs.log_prob(trainer.reference, host).numpy()
-        value = trainer.value(host["inputs"], host["mask"]).numpy()
+        value = trainer.value(host["inputs"], host["attention_mask"]).numpy()
     np.testing.assert_allclose(found, ours, rtol=1e-5)
     loss, metrics = objectives.dro_v_loss(
         policy_log_prob=found[:, None],
@@ -141,3 +140,32 @@ def test_both_sides_compute_the_same_log_probabilities_and_loss(monkeypatch):
         tau=theirs.TAU,
     )
     assert np.isclose(float(trainer.step(batch)), float(loss), rtol=1e-4), metrics
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"needs the extra `bench`: no {' and no '.join(MISSING)}")
+def test_the_other_side_s_ways_of_a_step_are_one_step(monkeypatch):
+    import torch
+
+    monkeypatch.syspath_prepend(running.BENCHMARKS)
+    import theirs
+    import workloads
+
+    config, cut = workloads.SHAPES["trial"], {"inputs": 8, "targets": 9}
+    examples = workloads.make_examples(4, cut, config.vocab_size, 0)
+    (batch,) = workloads.padded(examples, 4, cut, multiple=1)
+    alone = workloads.without_reference(batch)
+
+    def losses(batch, **settings):
+        settings = {"bfloat16": False, "attention": "sdpa"} | settings
+        trainer = theirs.make_trainer(config, "cpu", **settings)
+        return [float(trainer.step(batch)) for _ in range(3)]
+
+    plain = losses(alone)
+    assert plain[-1] < plain[0]
+    np.testing.assert_allclose(losses(alone, attention="eager"), plain, rtol=1e-4)
+    np.testing.assert_allclose(losses(alone, bfloat16=True), plain, rtol=0.1)
+    trainer = theirs.make_trainer(config, "cpu", bfloat16=False, attention="sdpa")
+    with torch.no_grad():
+        reference = theirs.log_prob(trainer.reference, trainer.to_device(batch)).numpy()
+    cached = batch | {"reference_log_probs": reference[:, None]}
+    np.testing.assert_allclose(losses(cached), plain, rtol=1e-4)

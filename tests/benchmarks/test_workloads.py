@@ -60,9 +60,9 @@ def test_lengths_may_be_a_file_s(workloads, monkeypatch, tmp_path):
 def test_every_example_is_in_one_row_of_each_kind_of_batch(workloads):
     examples = workloads.make_examples(64, CUT, 384, seed=0)
     kinds = {
-        "longest": list(workloads.padded(examples, 8, multiple=32)),
+        "longest": list(workloads.padded(examples, 8, CUT, multiple=32)),
         "maximum": list(workloads.padded_to(examples, 8, CUT)),
-        "packed": list(workloads.packed(examples, CUT, rows=1, batch=8)),
+        "packed": list(workloads.packed(examples, CUT, batch=1)),
     }
     rewards = sorted(float(example["rewards"][0]) for example in examples)
     tokens = sum(len(e["inputs"]) + len(e["targets"]) for e in examples)
@@ -82,5 +82,5 @@ def test_every_example_is_in_one_row_of_each_kind_of_batch(workloads):
 def test_packed_batches_hold_about_as_many_examples_as_are_asked_for(workloads):
     examples = workloads.make_examples(2048, {"inputs": 256, "targets": 512}, 384, seed=0)
     lengths = {"inputs": 256, "targets": 512}
-    batches = list(workloads.packed(examples, lengths, rows=None, batch=32))
+    batches = list(workloads.packed(examples, lengths, batch=32))
     assert np.mean([b["reward_weights"].sum() for b in batches]) == pytest.approx(32, rel=0.15)

@@ -96,7 +96,6 @@ def test_operations_are_those_that_xla_counts(algorithm, changes):
     flops = cost.flops(work, parameters=0)
     # XLA counts more than products; by this much.
     assert 1 < counted_by_xla(algorithm, work) / flops.total < 1.01
-    assert flops.useful == flops.total - flops.recomputed
 
 
 @pytest.mark.parametrize("algorithm", [DRO_V, DroP(), Kto(tau=5.0)], ids=str)
