@@ -77,7 +77,13 @@ def measure(
     in_turns(calls, 1)
     seconds = in_turns(calls, repeats)
     ceilings = [PRODUCTS * 2 * width**3 / s for s in seconds["product"]]
-    needed = operations(config, batch)
+    needed, needed_by_tokens = operations(config, batch), operations_of_real_tokens(config, batch)
+
+    def of_the_ceiling(name: str, flops: float) -> list[float]:
+        """Percent, each turn by its own ceiling."""
+        turns = zip(seconds[name], ceilings, strict=True)
+        return [100 * flops / s / ceiling for s, ceiling in turns]
+
     examples, tokens, positions = workloads.count(batch)
     yield result("examples", "in the batch", [examples])
     yield result("real tokens", "%", [100 * tokens / positions])
@@ -85,15 +91,11 @@ def measure(
     for name in names:
         yield result(name, "ms", [1e3 * s for s in seconds[name]])
         if name not in WITHOUT_PRODUCTS:
-            shares = [
-                100 * needed[name] / s / ceiling
-                for s, ceiling in zip(seconds[name], ceilings, strict=True)
-            ]
-            yield result(f"{name}: of the ceiling", "%", shares)
+            yield result(f"{name}: of the ceiling", "%", of_the_ceiling(name, needed[name]))
     for name, left_out in (("step", ()), ("step, cached reference", ("reference",))):
         counted = [part for part in names if part not in (*WITHOUT_PRODUCTS, *left_out)]
         whole = sum(needed[part] for part in counted)
-        real = sum(operations_of_real_tokens(config, batch)[part] for part in counted)
+        real = sum(needed_by_tokens[part] for part in counted)
         yield result(name, "ms", [1e3 * s for s in seconds[name]])
         apart = [
             s - sum(seconds[part][turn] for part in (*counted, *WITHOUT_PRODUCTS))
@@ -101,10 +103,7 @@ def measure(
         ]
         yield result(f"{name}: more than its parts", "ms", [1e3 * s for s in apart])
         for what, flops in (("all positions", whole), ("real tokens", real)):
-            used = [
-                100 * flops / s / ceiling
-                for s, ceiling in zip(seconds[name], ceilings, strict=True)
-            ]
+            used = of_the_ceiling(name, flops)
             yield result(f"{name}: model FLOPs utilisation, {what}", "%", used)
 
 
