@@ -375,7 +375,7 @@ def test_a_run_that_goes_on_training_is_sampled_at_the_step_that_was_found(
 
     monkeypatch.setattr(compare, "load_policy", load_later)
     assert compared("run", sft_run.directory)[0].code == 0
-    assert asked[0] == "run/checkpoint_4"
+    assert asked[0] == str(place / "run/checkpoint_4")
     rows = completions_in(place / "out")["run"]
     policy = generate.load_policy(str(dro_v_run.directory / "checkpoint_4"))
     expected = generate.complete(policy, PROMPTS, Decoding(8), seed=0, batch_size=8)
