@@ -142,6 +142,7 @@ def parts(trainer: ours.Trainer, fill: Callable[[], Batch]) -> dict[str, Callabl
             {"params": params},
             states,
             batch["decoder_target_tokens"],
+            batch["decoder_loss_weights"] > 0,
             method="log_probs_and_values_of",
         )[0]
 

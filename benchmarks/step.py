@@ -15,9 +15,11 @@ when the device has done them; programs are compiled before. theirs.py says what
 - ours, packed and cached: as `dro_jax train` with both; as many rows as hold about `--batch` examples.
 - PyTorch, to the longest and to the maximum: one example a row, padded to the longest of its batch or to `--lengths`.
 - PyTorch, cached reference: to the longest, without a pass of the reference.
+- PyTorch, logits of targets: to the longest, choosing the real positions before the vocabulary, as ours does.
 
 All of ours are compared with the fastest of PyTorch's that pad to the longest and run the reference; what runs no
-reference with PyTorch's that runs none, and what pads to the maximum with PyTorch's that does, as well. The process
+reference with PyTorch's that runs none, what pads to the maximum with PyTorch's that does, and what ends in packed rows
+or is like for like with PyTorch's that chooses positions, as well. The process
 keeps its freed memory, as `dro_jax` does on CPU: that is worth as much to PyTorch.
 
 Ours needs neither TensorFlow nor SeqIO; `--sides ours` needs no PyTorch either. The machine should have nothing else to
@@ -25,6 +27,7 @@ do: PyTorch's threads suffer more from others than ours (NOTES.md).
 """
 
 import argparse
+import dataclasses
 import functools
 import itertools
 import statistics
@@ -38,7 +41,7 @@ from measure import Result, in_turns, machine, report, result
 from dro_jax.data.packing import WINDOW, Batch
 from dro_jax.networks import T5Config
 
-ROUNDING = 64
+ROUNDING = 32
 """Our rows that are as long as their longest are a multiple of so many tokens."""
 
 OURS = (
@@ -51,6 +54,7 @@ BASES = {
     "to the longest": OURS,
     "to the maximum": OURS[1:2],
     "cached reference": OURS[2:],
+    "logits of targets": (OURS[0], OURS[3]),
 }
 """By what PyTorch's do, which of ours are compared with the fastest of them."""
 
@@ -142,15 +146,17 @@ def their_sides(
         # Tensor cores and their kernels want lengths that are multiples.
         return workloads.padded(examples, batch, cut, multiple=1 if device == "cpu" else 8)
 
+    without = workloads.without_reference
     sides: dict[str, tuple[Run, Iterator[Batch]]] = {}
     for name, (any_length, one_length) in trainers.items():
         maximum = workloads.padded_to(examples, batch, cut)
-        without = workloads.without_reference
         sides |= {
             f"{name}, to the longest": (any_length.run, map(without, longest())),
             f"{name}, to the maximum": (one_length.run, map(without, maximum)),
             f"{name}, cached reference": (any_length.run, longest()),
         }
+    chosen = dataclasses.replace(eager, log_prob=theirs.log_prob_of_targets)
+    sides["PyTorch, logits of targets"] = (chosen.run, map(without, longest()))
     return sides
 
 

@@ -6,7 +6,8 @@ where batches carry its log-probabilities, and one backward pass for both losses
 the position bias in its mask, or eager); AdamW, fused, whose update costs less time and more memory than our Adafactor;
 bfloat16 by autocast with float32 weights, the frozen reference in bfloat16 altogether, which is faster than to run it
 as the policy is run and lets the log-ratio begin near 0 and not at it. Logits are of all positions, as trainers of
-preference data have them by default. Nothing waits for the device within a step.
+preference data have them by default, or of real targets only. Nothing waits for the device within a step, but for the
+choice of those.
 """
 
 import copy
@@ -60,6 +61,24 @@ def log_prob(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     return -per_token.view(targets.shape).sum(1).float()
 
 
+def log_prob_of_targets(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """`log_prob` without the logits of padding."""
+    states = model.decoder(
+        input_ids=batch["shifted"],
+        encoder_hidden_states=model.encoder(
+            input_ids=batch["inputs"], attention_mask=batch["attention_mask"]
+        ).last_hidden_state,
+        encoder_attention_mask=batch["attention_mask"],
+        use_cache=False,
+    ).last_hidden_state
+    targets = batch["targets"]
+    rows, at = torch.nonzero(targets, as_tuple=True)
+    per_token = -F.cross_entropy(
+        model.lm_head(states[rows, at]), targets[rows, at], reduction="none"
+    )
+    return per_token.new_zeros(len(targets)).index_add(0, rows, per_token).float()
+
+
 @dataclasses.dataclass
 class Trainer:
     """A training on one device.
@@ -71,7 +90,7 @@ class Trainer:
       optimizer: of policy and value.
       device: where they are.
       bfloat16: whether products are in bfloat16.
-      log_prob: the function of that name, or the same compiled.
+      log_prob: the function of that name, the same compiled, or `log_prob_of_targets`.
     """
 
     policy: nn.Module

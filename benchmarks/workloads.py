@@ -35,7 +35,7 @@ def t5(emb_dim: int, num_heads: int, mlp_dim: int, depth: int, *, large: bool) -
         num_decoder_layers=depth,
         scan_layers=large,
         remat="dots" if large else "none",
-        logits_chunk=None if large else 512,
+        logits_chunk=None if large else 256,
     )
 
 

@@ -1,8 +1,8 @@
 """From logits, or from the states that they are made of, to the log-probability of each example, pi(y|x)."""
 
 import functools
-import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -62,40 +62,45 @@ def mask_entries(logits: Array, num_tokens: int) -> Array:
     return jnp.where(is_token.reshape((1,) * (logits.ndim - 1) + (-1,)), logits, MASKED_LOGIT)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def token_log_probs_in_chunks(
     states: Array,
     weights: Array,
     targets: Array,
+    counted: Array,
     axes: Literal["ev", "ve"],
     num_tokens: int,
     chunk: int,
 ) -> Array:
     """`token_log_probs` of states times weights, of which a device has a few positions' logits in memory at a time.
 
-    The backward pass multiplies them out again. The logits' gradient has the type of the states where it is a
-    factor of a product; products are added up in float32. Differentiable once, in states and weights.
+    A device goes through the positions that count, as many turns as the device with the most of them needs; padding
+    behind them costs nothing. The backward pass multiplies the logits out again. Their gradient has the type of the
+    states where it is a factor of a product; products are added up in float32. Differentiable once, in states and
+    weights.
 
     Args:
       states: [B, T, E], float32 or bfloat16.
       weights: of the same type, [E, V] or [V, E].
       targets: int32 [B, T].
+      counted: bool [B, T], whether the position has a target.
       axes: the weights' axes: "ev" or "ve".
       num_tokens: entries of the vocabulary that are tokens, the first ones; the others are masked.
-      chunk: positions whose logits a device has in memory at a time; the last chunk is filled up with zeros.
+      chunk: positions whose logits a device has in memory at a time; the last chunk is filled up.
 
     Returns:
-      float32 [B, T], nats.
+      float32 [B, T], nats; 0 where nothing is counted.
     """
+    order = _counted_first(counted)
+    inputs = tuple(_split(x, order, chunk) for x in (states, targets, counted))
 
-    def of_chunk(inputs: tuple[Array, Array]) -> Array:
-        states, targets = inputs
-        return token_log_probs(
-            mask_entries(_chunk_logits(states, weights, axes), num_tokens), targets
-        )
+    def of_chunk(turn: Array, found: Array) -> Array:
+        states, targets, counted = (x[turn] for x in inputs)
+        logits = mask_entries(_chunk_logits(states, weights, axes), num_tokens)
+        return found.at[turn].set(jnp.where(counted, token_log_probs(logits, targets), 0))
 
-    chunks = _split(states, chunk), _split(targets, chunk)
-    return _merge(jax.lax.map(of_chunk, chunks), targets.shape)
+    found = jnp.zeros(inputs[1].shape, jnp.float32)
+    return _merge(_for_each_chunk(of_chunk, found, inputs[2]), order, targets.shape)
 
 
 def _chunk_logits(states: Array, weights: Array, axes: str) -> Array:
@@ -105,63 +110,98 @@ def _chunk_logits(states: Array, weights: Array, axes: str) -> Array:
 
 
 def _forward_in_chunks(
-    states: Array, weights: Array, targets: Array, axes: Literal["ev", "ve"], *sizes: int
-) -> tuple[Array, tuple[Array, Array, Array]]:
-    log_probs = token_log_probs_in_chunks(states, weights, targets, axes, *sizes)
-    return log_probs, (states, weights, targets)
+    states: Array,
+    weights: Array,
+    targets: Array,
+    counted: Array,
+    axes: Literal["ev", "ve"],
+    *sizes: int,
+) -> tuple[Array, tuple[Array, Array, Array, Array]]:
+    log_probs = token_log_probs_in_chunks(states, weights, targets, counted, axes, *sizes)
+    return log_probs, (states, weights, targets, counted)
 
 
 def _backward_in_chunks(
     axes: str,
     num_tokens: int,
     chunk: int,
-    saved: tuple[Array, Array, Array],
+    saved: tuple[Array, Array, Array, Array],
     cotangent: Array,
-) -> tuple[Array, Array, None]:
-    states, weights, targets = saved
+) -> tuple[Array, Array, None, None]:
+    states, weights, targets, counted = saved
+    order = _counted_first(counted)
+    cotangent = jnp.where(counted, cotangent, 0)
+    inputs = tuple(_split(x, order, chunk) for x in (states, targets, counted, cotangent))
 
-    def of_chunk(total: Array, inputs: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        states, targets, cotangent = inputs
+    def of_chunk(turn: Array, totals: tuple[Array, Array]) -> tuple[Array, Array]:
+        of_weights, of_states = totals
+        states, targets, _, cotangent = (x[turn] for x in inputs)
         _, pull = jax.vjp(
             lambda logits: token_log_probs(mask_entries(logits, num_tokens), targets),
             _chunk_logits(states, weights, axes),
         )
         slopes = pull(cotangent)[0].astype(states.dtype)
-        of_weights = jnp.einsum(
+        of_weights += jnp.einsum(
             f"dce,dcv->d{axes}", states, slopes, preferred_element_type=jnp.float32
         )
-        return total + of_weights, jnp.einsum(f"dcv,{axes}->dce", slopes, weights)
+        return of_weights, of_states.at[turn].set(jnp.einsum(f"dcv,{axes}->dce", slopes, weights))
 
     # Every device adds up the gradient of its own rows, and once at the end they all do: were the rows one axis, they
     # would in every turn of the loop.
     zeros = jnp.zeros((row_parts(states.shape[0]), *weights.shape), jnp.float32)
     over = {"e": None, "v": "vocab"}
     zeros = constrain(zeros, "batch", *(over[axis] for axis in axes))
-    chunks = _split(states, chunk), _split(targets, chunk), _split(cotangent, chunk)
-    of_weights, of_states = jax.lax.scan(of_chunk, zeros, chunks)
-    return _merge(of_states, states.shape), of_weights.sum(axis=0).astype(weights.dtype), None
+    totals = zeros, jnp.zeros_like(inputs[0])
+    of_weights, of_states = _for_each_chunk(of_chunk, totals, inputs[2])
+    of_states = _merge(of_states, order, states.shape)
+    return of_states, of_weights.sum(axis=0).astype(weights.dtype), None, None
 
 
 token_log_probs_in_chunks.defvjp(_forward_in_chunks, _backward_in_chunks)
 
 
-def _split(x: Array, chunk: int) -> Array:
-    """[B, T, ...] as chunks [M, D, C, ...] of positions, D the parts that the mesh cuts the rows into."""
-    parts = row_parts(x.shape[0])
-    x = x.reshape(parts, -1, *x.shape[2:])
-    chunks = -(-x.shape[1] // chunk)
-    chunk = -(-x.shape[1] // chunks)
-    x = jnp.pad(x, [(0, 0), (0, chunks * chunk - x.shape[1]), *[(0, 0)] * (x.ndim - 2)])
+def _for_each_chunk(body: Callable[[Array, Any], Any], found: Any, counted: Array) -> Any:
+    """Calls `found = body(turn, found)` for the chunks [M, D, C] up to the last in which a position counts."""
+    needed = jnp.sum(jnp.any(counted, axis=(1, 2)))
+
+    def goes_on(carry: tuple[Array, Any]) -> Array:
+        # The first bound is for who reads the program: `dro_jax plan` counts what a loop sends.
+        return (carry[0] < counted.shape[0]) & (carry[0] < needed)
+
+    def turn(carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        return carry[0] + 1, body(*carry)
+
+    return jax.lax.while_loop(goes_on, turn, (jnp.int32(0), found))[1]
+
+
+def _counted_first(counted: Array) -> Array:
+    """The positions [D, B * T / D] of each part that the mesh cuts the rows [B, T] into, those that count first."""
+    parts = constrain(counted.reshape(row_parts(counted.shape[0]), -1), "batch", None)
+    return jnp.argsort(~parts, axis=1, stable=True)
+
+
+def _split(x: Array, order: Array, chunk: int) -> Array:
+    """[B, T, ...] in this order as chunks [M, D, C, ...] of positions, filled up with zeros."""
+    parts, positions = order.shape
+    x = _in_order(x.reshape(parts, positions, *x.shape[2:]), order)
+    chunks = -(-positions // chunk)
+    chunk = -(-positions // chunks)
+    x = jnp.pad(x, [(0, 0), (0, chunks * chunk - positions), *[(0, 0)] * (x.ndim - 2)])
     x = jnp.moveaxis(x.reshape(parts, chunks, chunk, *x.shape[2:]), 1, 0)
     return constrain(x, None, "batch", *[None] * (x.ndim - 2))
 
 
-def _merge(chunks: Array, shape: tuple[int, ...]) -> Array:
+def _merge(chunks: Array, order: Array, shape: tuple[int, ...]) -> Array:
     """The inverse of `_split`: an array [B, T, ...] of this shape."""
-    x = jnp.moveaxis(chunks, 0, 1)
-    parts = x.shape[0]
-    x = x.reshape(parts, -1, *shape[2:])
-    return x[:, : math.prod(shape[:2]) // parts].reshape(shape)
+    parts, positions = order.shape
+    x = jnp.moveaxis(chunks, 0, 1).reshape(parts, -1, *shape[2:])[:, :positions]
+    return _in_order(x, jnp.argsort(order, axis=1)).reshape(shape)
+
+
+def _in_order(x: Array, order: Array) -> Array:
+    """[D, P, ...] with the positions of each part in the order [D, P]."""
+    x = jnp.take_along_axis(x, order.reshape(*order.shape, *[1] * (x.ndim - 2)), axis=1)
+    return constrain(x, "batch", *[None] * (x.ndim - 1))
 
 
 def sum_by_example(

@@ -64,8 +64,8 @@ class T5Config:
         not grow with the depth. Parameters, checkpoints and numbers stay the same.
       remat: what of a layer is computed again in the backward pass instead of kept: "none", all but the
         matrix products' results ("dots"), or all ("full").
-      logits_chunk: positions whose logits a device has in memory at a time in training; the backward pass then
-        multiplies them out again. None keeps the logits [B, To, V] of all.
+      logits_chunk: positions whose logits a device has in memory at a time in training; padding is skipped, and
+        the backward pass multiplies them out again. None makes and keeps the logits [B, To, V] of all.
     """
 
     vocab_size: int
@@ -599,6 +599,7 @@ class T5(nn.Module):
     def log_probs_and_values(
         self,
         decoder_target_tokens: Array,
+        decoder_loss_weights: Array,
         encoder_input_tokens: Array,
         decoder_input_tokens: Array,
         encoder_segment_ids: Array | None = None,
@@ -606,19 +607,22 @@ class T5(nn.Module):
     ) -> tuple[Array, Array]:
         """log pi of each target [B, To] in nats, float32, and the raw logits [B, To] of `logits_and_values`.
 
-        The same numbers with `logits_chunk` as without, but for rounding.
+        log pi is 0 where the loss weight is. The same numbers with `logits_chunk` as without, but for rounding.
         """
         states = self.decode(
             encoder_input_tokens, decoder_input_tokens, encoder_segment_ids, decoder_segment_ids
         )
-        return self.log_probs_and_values_of(states, decoder_target_tokens)
+        return self.log_probs_and_values_of(states, decoder_target_tokens, decoder_loss_weights > 0)
 
-    def log_probs_and_values_of(self, states: Array, targets: Array) -> tuple[Array, Array]:
-        """`log_probs_and_values` [B, To] of decoder states [B, To, E]."""
+    def log_probs_and_values_of(
+        self, states: Array, targets: Array, counted: Array
+    ) -> tuple[Array, Array]:
+        """`log_probs_and_values` [B, To] of decoder states [B, To, E]; log pi is 0 where not counted."""
         config = self.config
         if config.logits_chunk is None:
             raw = self._raw_logits(states)
-            return token_log_probs(self._mask_reserved(raw), targets), raw[..., -1]
+            log_probs = token_log_probs(self._mask_reserved(raw), targets)
+            return jnp.where(counted, log_probs, 0), raw[..., -1]
         axes: Literal["ev", "ve"]
         if config.logits_via_embedding:
             states = states * config.emb_dim**-0.5
@@ -629,7 +633,7 @@ class T5(nn.Module):
         last = jnp.einsum("bte,e->bt", states, of_last, preferred_element_type=jnp.float32)
         num_tokens = config.vocab_size - config.reserved_entry
         log_probs = token_log_probs_in_chunks(
-            states, weights, targets, axes, num_tokens, config.logits_chunk
+            states, weights, targets, counted, axes, num_tokens, config.logits_chunk
         )
         return log_probs, last
 

@@ -259,6 +259,7 @@ def _log_prob_and_last_logits(config: T5Config, policy: Any, batch: Batch) -> tu
     outputs: Any = T5(config).apply(
         {"params": policy},
         batch["decoder_target_tokens"],
+        batch["decoder_loss_weights"],
         *_tokens(batch),
         method="log_probs_and_values",
     )
