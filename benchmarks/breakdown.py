@@ -7,7 +7,8 @@ The parts are programs of their own, so they need not add up to the step, in whi
 them; the difference is a line. Networks are timed forward and backward (the reference forward) on one packed batch of
 `--batch` rows, each in the gradients of its own weights; the optimiser with the norms that the step reports. Data is
 the filling of rows and their way to the device, which in training happens while the step before runs. Operations are
-those of `dro_jax.training.cost`: the matrix products of what a part has to do, nothing twice.
+those of `dro_jax.training.cost`: the matrix products of what a part has to do, nothing twice. They count all positions
+(or real tokens alone, where a line says so); with `logits_chunk` the vocabulary's program leaves padding out.
 The ceiling is what large products, one after the other, reach on the same device in the same type.
 
 - Model FLOPs utilisation: operations of policy, value network and reference (where the step runs it) in a second, over

@@ -89,7 +89,7 @@ def read_collectives(hlo: str) -> list[Collective]:
                     sent[kind] += times * volume
             elif instruction.name == "while":
                 (condition,), (body,) = called["condition"], called["body"]
-                turns = _turns(instruction.line, computations[condition], computations[body])
+                turns = _turns(instruction.line, computations, condition, body)
                 walk(body, times * turns, fused)
             else:
                 for names in called.values():
@@ -124,13 +124,19 @@ def _instruction(line: str) -> _Instruction | None:
     return found and _Instruction(found[1], found[2], line)
 
 
-def _turns(loop: str, condition: list[str], body: list[str]) -> int:
-    """How often a loop turns: as it says, or by what its counter, which begins at 0, is compared with and grows."""
+def _turns(loop: str, computations: dict[str, list[str]], condition: str, body: str) -> int:
+    """How often a loop turns: as it says, or by what its counter, which begins at 0, is compared with and grows.
+
+    Where it is compared with what only a run can tell as well, at most so often.
+    """
     if known := re.search(r'"known_trip_count":\{"n":"(\d+)"\}', loop):
         return int(known[1])
-    limit = max(_constants(condition).values(), default=1)
-    counter = re.search(r"get-tuple-element\(.*\), index=(\d+)", "\n".join(condition))
-    step = _step(body, int(counter[1])) if counter else 1
+    text = "\n".join(computations[condition])
+    fused = re.findall(r"calls=%?([\w.\-]+)", text)
+    compared = [line for name in (condition, *fused) for line in computations[name]]
+    limit = max(_constants(compared).values(), default=1)
+    read = re.findall(r"get-tuple-element\(.*\), index=(\d+)", text)
+    step = max((_step(computations[body], int(index)) for index in read), default=1)
     return math.ceil(limit / step)
 
 

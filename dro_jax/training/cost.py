@@ -90,7 +90,7 @@ class Flops:
 
 
 def flops(work: Workload, parameters: int) -> Flops:
-    """Operations of a step.
+    """Operations of a step on rows that are full: padding counts, also where `logits_chunk` leaves it out.
 
     Args:
       work: the step.

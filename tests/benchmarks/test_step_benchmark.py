@@ -13,7 +13,13 @@ OURS = [
     "ours, cached reference",
     "ours, packed and cached",
 ]
-THEIRS = ["PyTorch, to the longest", "PyTorch, to the maximum", "PyTorch, cached reference"]
+THEIRS = [
+    "PyTorch, to the longest",
+    "PyTorch, to the maximum",
+    "PyTorch, cached reference",
+    "PyTorch, logits of targets",
+    "PyTorch, cached reference and logits of targets",
+]
 STEPS = ["--steps=1", "--repeats=2"]
 
 
@@ -87,12 +93,16 @@ def test_every_turn_is_of_the_side_s_own_batches(monkeypatch):
 def test_ratios_are_of_the_turns_beside_each_other(tmp_path):
     found = running.run("step", *running.TRIAL, *STEPS, output=tmp_path / "results.json")
     lines = found["results"]
-    longest, maximum, cached = THEIRS
-    _, to_maximum, with_cache, packed = OURS
+    longest, maximum, cached, chosen, both = THEIRS
+    alike, to_maximum, with_cache, packed = OURS
     ratios = [f"{side} / {longest}: examples" for side in OURS]
     ratios += [f"{packed} / {longest}: real tokens", f"{to_maximum} / {maximum}: examples"]
     ratios += [f"{with_cache} / {cached}: examples"]
     ratios += [f"{packed} / {cached}: {of}" for of in ("examples", "real tokens")]
+    ratios += [f"{alike} / {chosen}: examples"]
+    ratios += [f"{packed} / {chosen}: {of}" for of in ("examples", "real tokens")]
+    ratios += [f"{with_cache} / {both}: examples"]
+    ratios += [f"{packed} / {both}: {of}" for of in ("examples", "real tokens")]
     assert list(lines) == [*names([*OURS, *THEIRS]), *ratios]
     # Two turns: both medians are means, and the ratio lies between the turns' extremes.
     for side in OURS:
@@ -128,9 +138,11 @@ def test_both_sides_compute_the_same_log_probabilities_and_loss(monkeypatch):
     host = trainer.to_device(batch)
     with torch.no_grad():
         found = theirs.log_prob(trainer.policy, host).numpy()
+        chosen = theirs.log_prob_of_targets(trainer.policy, host).numpy()
         reference = theirs.log_prob(trainer.reference, host).numpy()
         value = trainer.value(host["inputs"], host["attention_mask"]).numpy()
     np.testing.assert_allclose(found, ours, rtol=1e-5)
+    np.testing.assert_allclose(chosen, ours, rtol=1e-5)
     loss, metrics = objectives.dro_v_loss(
         policy_log_prob=found[:, None],
         reference_log_prob=reference[:, None],
@@ -155,14 +167,17 @@ def test_the_other_side_s_ways_of_a_step_are_one_step(monkeypatch):
     (batch,) = workloads.padded(examples, 4, cut, multiple=1)
     alone = workloads.without_reference(batch)
 
-    def losses(batch, **settings):
+    def losses(batch, *, log_prob=theirs.log_prob, **settings):
         settings = {"bfloat16": False, "attention": "sdpa"} | settings
         trainer = theirs.make_trainer(config, "cpu", **settings)
+        trainer.log_prob = log_prob
         return [float(trainer.step(batch)) for _ in range(3)]
 
     plain = losses(alone)
     assert plain[-1] < plain[0]
     np.testing.assert_allclose(losses(alone, attention="eager"), plain, rtol=1e-4)
+    chosen = theirs.log_prob_of_targets
+    np.testing.assert_allclose(losses(alone, log_prob=chosen), plain, rtol=1e-4)
     np.testing.assert_allclose(losses(alone, bfloat16=True), plain, rtol=0.1)
     trainer = theirs.make_trainer(config, "cpu", bfloat16=False, attention="sdpa")
     with torch.no_grad():

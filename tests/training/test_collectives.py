@@ -58,6 +58,20 @@ def test_loops_count_as_often_as_they_turn():
     assert (found.runs, found.sent) == (15, pytest.approx(15 * 2 * 7 / 8 * ARRAY))
 
 
+def test_a_loop_that_the_data_may_end_counts_to_its_limit():
+    def until(x):
+        def goes_on(carry):
+            return (carry[0] < 6) & (carry[0] < carry[2])
+
+        def turn(carry):
+            return carry[0] + 1, all_reduce(carry[1]), carry[2]
+
+        return jax.lax.while_loop(goes_on, turn, (jnp.int32(0), x, x[0, 0].astype(jnp.int32)))[1]
+
+    (found,) = read_collectives(compiled(until))
+    assert (found.runs, found.sent) == (6, pytest.approx(6 * 2 * 7 / 8 * ARRAY))
+
+
 def test_groups_smaller_than_all():
     def pairs(x):
         return jax.lax.psum(jnp.sin(x), "x", axis_index_groups=[[0, 1], [2, 3], [4, 5], [6, 7]])
