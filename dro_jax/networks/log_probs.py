@@ -92,15 +92,17 @@ def token_log_probs_in_chunks(
       float32 [B, T], nats; 0 where nothing is counted.
     """
     order = _counted_first(counted)
-    inputs = tuple(_split(x, order, chunk) for x in (states, targets, counted))
+    inputs = tuple(_split(x, order, chunk) for x in (states, targets))
 
     def of_chunk(turn: Array, found: Array) -> Array:
-        states, targets, counted = (x[turn] for x in inputs)
+        states, targets = (x[turn] for x in inputs)
         logits = mask_entries(_chunk_logits(states, weights, axes), num_tokens)
-        return found.at[turn].set(jnp.where(counted, token_log_probs(logits, targets), 0))
+        return found.at[turn].set(token_log_probs(logits, targets))
 
+    turns, _, size = inputs[1].shape
     found = jnp.zeros(inputs[1].shape, jnp.float32)
-    return _merge(_for_each_chunk(of_chunk, found, inputs[2]), order, targets.shape)
+    found = _for_each_chunk(of_chunk, found, turns, _chunks_needed(counted, size))
+    return jnp.where(counted, _merge(found, order, targets.shape), 0)
 
 
 def _chunk_logits(states: Array, weights: Array, axes: str) -> Array:
@@ -131,11 +133,11 @@ def _backward_in_chunks(
     states, weights, targets, counted = saved
     order = _counted_first(counted)
     cotangent = jnp.where(counted, cotangent, 0)
-    inputs = tuple(_split(x, order, chunk) for x in (states, targets, counted, cotangent))
+    inputs = tuple(_split(x, order, chunk) for x in (states, targets, cotangent))
 
     def of_chunk(turn: Array, totals: tuple[Array, Array]) -> tuple[Array, Array]:
         of_weights, of_states = totals
-        states, targets, _, cotangent = (x[turn] for x in inputs)
+        states, targets, cotangent = (x[turn] for x in inputs)
         _, pull = jax.vjp(
             lambda logits: token_log_probs(mask_entries(logits, num_tokens), targets),
             _chunk_logits(states, weights, axes),
@@ -152,7 +154,8 @@ def _backward_in_chunks(
     over = {"e": None, "v": "vocab"}
     zeros = constrain(zeros, "batch", *(over[axis] for axis in axes))
     totals = zeros, jnp.zeros_like(inputs[0])
-    of_weights, of_states = _for_each_chunk(of_chunk, totals, inputs[2])
+    turns, _, size = inputs[1].shape
+    of_weights, of_states = _for_each_chunk(of_chunk, totals, turns, _chunks_needed(counted, size))
     of_states = _merge(of_states, order, states.shape)
     return of_states, of_weights.sum(axis=0).astype(weights.dtype), None, None
 
@@ -160,13 +163,14 @@ def _backward_in_chunks(
 token_log_probs_in_chunks.defvjp(_forward_in_chunks, _backward_in_chunks)
 
 
-def _for_each_chunk(body: Callable[[Array, Any], Any], found: Any, counted: Array) -> Any:
-    """Calls `found = body(turn, found)` for the chunks [M, D, C] up to the last in which a position counts."""
-    needed = jnp.sum(jnp.any(counted, axis=(1, 2)))
+def _for_each_chunk(
+    body: Callable[[Array, Any], Any], found: Any, chunks: int, needed: Array
+) -> Any:
+    """Calls `found = body(turn, found)` for the first of the chunks, as many as are needed."""
 
     def goes_on(carry: tuple[Array, Any]) -> Array:
         # The first bound is for who reads the program: `dro_jax plan` counts what a loop sends.
-        return (carry[0] < counted.shape[0]) & (carry[0] < needed)
+        return (carry[0] < chunks) & (carry[0] < needed)
 
     def turn(carry: tuple[Array, Any]) -> tuple[Array, Any]:
         return carry[0] + 1, body(*carry)
@@ -174,10 +178,19 @@ def _for_each_chunk(body: Callable[[Array, Any], Any], found: Any, counted: Arra
     return jax.lax.while_loop(goes_on, turn, (jnp.int32(0), found))[1]
 
 
+def _by_part(counted: Array) -> Array:
+    """[B, T] as the positions [D, B * T / D] of each part that the mesh cuts the rows into."""
+    return constrain(counted.reshape(row_parts(counted.shape[0]), -1), "batch", None)
+
+
 def _counted_first(counted: Array) -> Array:
-    """The positions [D, B * T / D] of each part that the mesh cuts the rows [B, T] into, those that count first."""
-    parts = constrain(counted.reshape(row_parts(counted.shape[0]), -1), "batch", None)
-    return jnp.argsort(~parts, axis=1, stable=True)
+    """The positions of each part [D, B * T / D], those that count first."""
+    return jnp.argsort(~_by_part(counted), axis=1, stable=True)
+
+
+def _chunks_needed(counted: Array, chunk: int) -> Array:
+    """How many chunks of so many positions hold those that count of the part with the most of them."""
+    return -(-jnp.max(jnp.sum(_by_part(counted), axis=1)) // chunk)
 
 
 def _split(x: Array, order: Array, chunk: int) -> Array:
