@@ -2,17 +2,18 @@
 
     pip install -e '.[bench]'
     python benchmarks/step.py --output step.json                                   # two CPU cores
-    python benchmarks/step.py --model large --batch 32 --lengths 512/512 --compile # a GPU
+    python benchmarks/step.py --model large --batch 32 --lengths 512/512 --steps 5 --compile    # a GPU
 
-Both sides train on examples of real lengths (see workloads.py), the padded ones on the same, and take turns, so that
-what else the machine does falls on both. A turn is some whole steps, from NumPy batches to updated weights, and ends
+A step trains on the same examples on every side, of real lengths (see workloads.py), and the sides take turns, so that
+what else the machine does falls on all. A turn is some whole steps, from NumPy batches to updated weights, and ends
 when the device has done them; programs are compiled before. theirs.py says what the other side is.
 
 - ours, like for like: one example a row, the reference in the step, rows as long as the batch's longest, rounded up
   so that there are few programs to compile.
 - ours, to the maximum: the same, but all rows as long as `--lengths`, as `dro_jax train` without packing has them.
 - ours, cached reference: to the maximum, but the batches carry the reference's log-probabilities.
-- ours, packed and cached: as `dro_jax train` with both; as many rows as hold about `--batch` examples.
+- ours, packed and cached: as `dro_jax train` with both, in as many rows of `--lengths` as the step's examples need.
+  Training packs more examples than a step's at once, so its rows are somewhat fuller.
 - PyTorch, to the longest and to the maximum: one example a row, padded to the longest of its batch or to `--lengths`.
 - PyTorch, cached reference: to the longest, without a pass of the reference.
 - PyTorch, logits of targets: to the longest, choosing the positions that have a target before the vocabulary, as ours
@@ -29,7 +30,6 @@ do: PyTorch's threads suffer more from others than ours (NOTES.md).
 import argparse
 import dataclasses
 import functools
-import itertools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 
@@ -38,7 +38,7 @@ import ours
 import workloads
 from measure import Result, in_turns, machine, report, result
 
-from dro_jax.data.packing import WINDOW, Batch
+from dro_jax.data.packing import Batch
 from dro_jax.networks import T5Config
 
 ROUNDING = 32
@@ -66,7 +66,7 @@ def main() -> None:
     """Measures, prints the results, and writes them where asked to."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     workloads.add_flags(parser)
-    parser.add_argument("--steps", type=int, default=5, help="of a turn (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=1, help="of a turn (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5, help="turns (default: %(default)s)")
     parser.add_argument("--sides", choices=("ours", "theirs", "both"), default="both")
     parser.add_argument(
@@ -85,7 +85,7 @@ def main() -> None:
     conditions = machine(packages)
     config, cut = workloads.configure(flags), workloads.limits(flags)
     needed = flags.batch * flags.steps * flags.repeats
-    examples = workloads.make_examples(max(needed, WINDOW), cut, config.vocab_size, seed=0)
+    examples = workloads.make_examples(needed, cut, config.vocab_size, seed=0)
     sides = {}
     if flags.sides != "theirs":
         sides |= our_sides(config, examples, flags.batch, cut)
@@ -100,7 +100,9 @@ def main() -> None:
         )
         conditions["PyTorch's"] = f"AdamW, attention {flags.attention}"
     conditions |= workloads.conditions(config)
-    title = f"a step of DRO-V, T5 {flags.model}, batch {flags.batch}, cut at {flags.lengths} tokens"
+    title = (
+        f"a step of DRO-V, T5 {flags.model}, {flags.batch} examples, cut at {flags.lengths} tokens"
+    )
     report(title, conditions, measure(sides, flags.steps, flags.repeats), flags.output)
 
 
@@ -165,14 +167,19 @@ def their_sides(
 def measure(
     sides: dict[str, tuple[Run, Iterator[Batch]]], steps: int, repeats: int
 ) -> Iterator[Result]:
-    """Lets the sides take turns, and compares ours with theirs."""
-    counts, timed = {}, {}
+    """Lets the sides take turns of so many steps, and compares ours with theirs."""
+    turns_of = {}
+    shapes = {}
     for name, (run, batches) in sides.items():
-        some = list(itertools.islice(itertools.cycle(batches), steps * repeats))
-        turns = [some[first : first + steps] for first in range(0, len(some), steps)]
-        # Every shape once.
-        run(list({batch_shape(batch): batch for batch in some}.values()))
-        timed[name] = functools.partial(run_next, run, iter(turns))
+        some = list(batches)
+        turns_of[name] = [some[first : first + steps] for first in range(0, len(some), steps)]
+        shapes |= {(run, batch_shape(batch)): batch for batch in some}
+    # Every shape once, the largest first: in what it frees the others have room.
+    for (run, _), batch in sorted(shapes.items(), key=lambda item: -workloads.count(item[1])[2]):
+        run([batch])
+    counts, timed = {}, {}
+    for name, turns in turns_of.items():
+        timed[name] = functools.partial(run_next, sides[name][0], iter(turns))
         counts[name] = [[workloads.count(batch) for batch in turn] for turn in turns]
         positions = [sum(p for *_, p in turn) / steps for turn in counts[name]]
         real = [
@@ -181,34 +188,26 @@ def measure(
         yield result(f"{name}: positions", "a step", positions)
         yield result(f"{name}: real tokens among them", "%", real)
     seconds = in_turns(timed, repeats)
-    speeds: dict[str, list[list[float]]] = {}
     for name, taken in seconds.items():
-        totals = [[sum(column) for column in zip(*turn, strict=True)] for turn in counts[name]]
-        speeds[name] = [
-            [total[kind] / s for total, s in zip(totals, taken, strict=True)] for kind in (0, 1)
-        ]
         yield result(f"{name}: a step", "ms", [1e3 * s / steps for s in taken])
-        yield result(f"{name}: examples", "a second", speeds[name][0])
-        yield result(f"{name}: real tokens", "a second", speeds[name][1])
+        for column, what in enumerate(("examples", "real tokens")):
+            speeds = [
+                sum(step[column] for step in turn) / s
+                for turn, s in zip(counts[name], taken, strict=True)
+            ]
+            yield result(f"{name}: {what}", "a second", speeds)
     for kind, compared in BASES.items():
         theirs = [
             name for name in sides if name.startswith("PyTorch") and name.endswith(f", {kind}")
         ]
         if not theirs:
             continue
-        base = max(theirs, key=lambda name: statistics.median(speeds[name][0]))
+        base = min(theirs, key=lambda name: statistics.median(seconds[name]))
         for name in compared:
-            if name not in speeds:
+            if name not in seconds:
                 continue
-            # Where both sides have the same batches, tokens would say the same again.
-            kinds = (
-                ((0, "examples"), (1, "real tokens")) if "packed" in name else ((0, "examples"),)
-            )
-            for column, of in kinds:
-                pairs = zip(speeds[name][column], speeds[base][column], strict=True)
-                yield result(
-                    f"{name} / {base}: {of}", "times", [mine / other for mine, other in pairs]
-                )
+            turns = zip(seconds[name], seconds[base], strict=True)
+            yield result(f"{name} / {base}", "times", [other / mine for mine, other in turns])
 
 
 def run_next(run: Run, turns: Iterator[Sequence[Batch]]) -> float:

@@ -184,11 +184,13 @@ def packed_rows(examples: Sequence[Example], lengths: dict[str, int]) -> list[li
 
 
 def packed(examples: Sequence[Example], lengths: dict[str, int], *, batch: int) -> Iterator[Batch]:
-    """Yields batches of as many packed rows as hold about `batch` examples."""
-    rows = packed_rows(examples, lengths)
-    size = max(1, round(batch * len(rows) / len(examples)))
-    for first in range(0, len(rows) - size + 1, size):
-        yield fill_rows(rows[first : first + size], lengths=lengths, max_examples=MAX_EXAMPLES)
+    """Yields batches of so many examples, in as many packed rows as they need."""
+    for first in range(0, len(examples) - batch + 1, batch):
+        some = examples[first : first + batch]
+        rows = pack(text_lengths(some), list(lengths.values()), MAX_EXAMPLES)
+        yield fill_rows(
+            [[some[i] for i in row] for row in rows], lengths=lengths, max_examples=MAX_EXAMPLES
+        )
 
 
 def without_reference(batch: Batch) -> Batch:

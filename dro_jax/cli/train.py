@@ -13,7 +13,7 @@ import seqio
 from clu import metric_writers
 from etils import epath
 
-from dro_jax.cli import configuration, win_rates
+from dro_jax.cli import configuration, host_memory, win_rates
 from dro_jax.cli.console import console, format_metrics, progress_bar
 from dro_jax.cli.generate import Policy
 from dro_jax.cli.run_folder import (
@@ -341,6 +341,7 @@ def train(
     rates: dict[int, float] = {}
 
     def evaluate(done: int, state: train_state.TrainState) -> None:
+        host_memory.give_back_freed_memory()
         if hold_against_reference is not None and (
             scalars := hold_against_reference(done, state.policy, alive)
         ):
@@ -369,6 +370,15 @@ def train(
         for writer in writers[1:]:
             writer.write_scalars(done, metrics)
         console.print(f"held out, step {done}  {format_metrics(metrics, TERMINAL_METRICS)}")
+
+    def save(state: train_state.TrainState, position: Position) -> None:
+        host_memory.give_back_freed_memory()
+        checkpoints.save(
+            manager,
+            state,
+            meta | {"data": dataclasses.asdict(position)},
+            win_rate=rates.get(int(state.step)),
+        )
 
     stop = loop.StopRequest()
     with (
@@ -401,12 +411,7 @@ def train(
             periods=periods,
             log=log,
             evaluate=evaluate,
-            save=lambda state, position: checkpoints.save(
-                manager,
-                state,
-                meta | {"data": dataclasses.asdict(position)},
-                win_rate=rates.get(int(state.step)),
-            ),
+            save=save,
             stop=stop,
             progress=show,
         )

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import gin
-import jax
 import numpy as np
 import pytest
 
@@ -182,24 +181,3 @@ def dro_v_run(tmp_path_factory: pytest.TempPathFactory, train: Command, sft_run:
         result = train(MODEL_DIR=str(directory), INIT_CHECKPOINT=str(sft_run.directory))
     assert result.code == 0, result.err
     return Run(directory, result, batches)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Each run compiles the same small programs again; once is enough."""
-    from jax.experimental.compilation_cache import compilation_cache
-
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled")),
-        "jax_persistent_cache_min_compile_time_secs": 0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    gc.collect()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tiny_t5 import EOS, ONE_LAYER, PROMPTS, random_params
 
-from dro_jax.evaluation.beam_search import beam_search
+from dro_jax.evaluation.beam_search import beam_search, top_k
 from dro_jax.evaluation.sampling import Decoding, make_sampler
 from dro_jax.networks import T5
 
@@ -145,3 +145,20 @@ def test_it_stops_when_every_prompt_is_done(params, decoding_steps, monkeypatch)
     assert tokens.tolist() == [[EOS] + [0] * 8] * 2 + [[0] * 9] * 2
     # Beams finish in step 1 (one, log 1/2) and step 2 (two, (log 1/22 + log 1/2) / 2); what is left is worse.
     assert len(decoding_steps) == 2
+
+
+@pytest.mark.parametrize(
+    ("columns", "k"), [(7, 7), (30, 4), (32, 8), (1000, 8), (4 * 3001, 8), (32128, 50)]
+)
+def test_the_largest_and_their_places_are_those_of_a_stable_sort(columns, k):
+    rng = np.random.default_rng(columns)
+    # Few values, so that most are equal to others, and rows of which most is worth nothing, as beams that do not count.
+    x = rng.integers(-3, 3, (5, columns)).astype(np.float32)
+    x[1] = rng.normal(size=columns)
+    x[2, : columns - 2] = -np.inf
+    x[3] = -np.inf
+    x[4, columns // 2 :] = -np.inf
+    values, places = (np.asarray(found) for found in jax.jit(top_k, static_argnums=1)(x, k))
+    expected = np.argsort(-x, axis=1, kind="stable")[:, :k]
+    np.testing.assert_array_equal(places, expected)
+    np.testing.assert_array_equal(values, np.take_along_axis(x, expected, axis=1))
