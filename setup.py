@@ -36,7 +36,7 @@ EXTRAS = {
     # that `dro_jax plan` asks, which is for Linux on x86-64 only.
     "test": [
         "pytest",
-        "pytest-xdist",
+        "pytest-xdist>=3.8",
         "ruff",
         "mypy",
         "dill",

@@ -20,8 +20,9 @@ when the device has done them; programs are compiled before. theirs.py says what
   does where `logits_chunk` is set; and the same with a cached reference. Never compiled.
 
 All of ours are compared with PyTorch's that pads to the longest, runs the reference and leaves transformers its logits
-(the faster of eager and compiled); some of ours with the others, as `BASES` has it. The process
-keeps its freed memory, as `dro_jax` does on CPU: that is worth as much to PyTorch.
+(the faster of eager and compiled); some of ours with the others, as `BASES` has it. The process keeps its freed memory,
+as `dro_jax` does on CPU: that is worth as much to PyTorch. Where the other library comes next it is given back, and a
+step is made that is not timed.
 
 Ours needs neither TensorFlow nor SeqIO; `--sides ours` needs no PyTorch either. The machine should have nothing else to
 do: PyTorch's threads suffer more from others than ours (NOTES.md).
@@ -38,6 +39,7 @@ import ours
 import workloads
 from measure import Result, in_turns, machine, report, result
 
+from dro_jax.cli import host_memory
 from dro_jax.data.packing import Batch
 from dro_jax.networks import T5Config
 
@@ -173,13 +175,30 @@ def measure(
     for name, (run, batches) in sides.items():
         some = list(batches)
         turns_of[name] = [some[first : first + steps] for first in range(0, len(some), steps)]
-        shapes |= {(run, batch_shape(batch)): batch for batch in some}
-    # Every shape once, the largest first: in what it frees the others have room.
-    for (run, _), batch in sorted(shapes.items(), key=lambda item: -workloads.count(item[1])[2]):
-        run([batch])
+        shapes |= {(library(name), run, batch_shape(batch)): batch for batch in some}
+    # Every shape once, a library's largest first: in what it frees its others have room.
+    largest = {key: workloads.count(batch)[2] for key, batch in shapes.items()}
+    last = ""
+    for key in sorted(shapes, key=lambda key: (key[0], -largest[key])):
+        if key[0] != last:
+            host_memory.give_back_freed_memory()
+        last, run, _ = key
+        run([shapes[key]])
+
+    def take(name: str, turns: Iterator[Sequence[Batch]]) -> float:
+        """Returns the seconds of a side's next turn."""
+        nonlocal last
+        run, turn = sides[name][0], next(turns)
+        if library(name) != last:
+            # The room that the other library's buffers had is of no use to this one, and a step finds its own again.
+            host_memory.give_back_freed_memory()
+            run(turn[:1])
+            last = library(name)
+        return run(turn)
+
     counts, timed = {}, {}
     for name, turns in turns_of.items():
-        timed[name] = functools.partial(run_next, sides[name][0], iter(turns))
+        timed[name] = functools.partial(take, name, iter(turns))
         counts[name] = [[workloads.count(batch) for batch in turn] for turn in turns]
         positions = [sum(p for *_, p in turn) / steps for turn in counts[name]]
         real = [
@@ -210,9 +229,9 @@ def measure(
             yield result(f"{name} / {base}", "times", [other / mine for mine, other in turns])
 
 
-def run_next(run: Run, turns: Iterator[Sequence[Batch]]) -> float:
-    """Returns the seconds of the next turn."""
-    return run(next(turns))
+def library(name: str) -> str:
+    """Returns whose a side is: "ours" or "PyTorch"."""
+    return name.split(",")[0]
 
 
 def batch_shape(batch: Batch) -> tuple[tuple[int, ...], ...]:
