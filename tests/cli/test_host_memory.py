@@ -6,15 +6,19 @@ import sys
 
 import pytest
 
-BUFFERS = """
-import ctypes, resource, threading
+LIBC = """
+import ctypes, re, resource, threading
+from pathlib import Path
 from dro_jax.cli import host_memory
 
 host_memory.keep_freed_memory()
 libc = ctypes.CDLL(None)
 libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
 libc.memset.argtypes, libc.free.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], [ctypes.c_void_p]
+"""
 
+BUFFERS = f"""
+{LIBC}
 def touch():
     for _ in range(4):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -29,16 +33,8 @@ thread.join()
 """
 
 
-GIVEN_BACK = """
-import ctypes, re
-from pathlib import Path
-from dro_jax.cli import host_memory
-
-host_memory.keep_freed_memory()
-libc = ctypes.CDLL(None)
-libc.malloc.argtypes, libc.malloc.restype = [ctypes.c_size_t], ctypes.c_void_p
-libc.memset.argtypes, libc.free.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t], [ctypes.c_void_p]
-
+GIVEN_BACK = f"""
+{LIBC}
 def resident():
     return 1024 * int(re.search(r"VmRSS:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
 
@@ -75,5 +71,5 @@ def test_what_was_kept_can_be_given_back():
         [sys.executable, "-c", GIVEN_BACK], capture_output=True, text=True, check=True
     )
     kept, after = (int(line) for line in ran.stdout.split())
-    assert kept > 2**28
+    assert kept > 0.9 * 2**28
     assert after < 2**26
