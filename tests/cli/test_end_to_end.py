@@ -385,7 +385,6 @@ def test_sigint_of_a_real_process(train_flags, feedback_file, command, watching,
     root = str(Path(dro_jax.__file__).parent.parent)
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).strip(os.pathsep),
-        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
     }
     process = subprocess.Popen(
         [sys.executable, "-m", "dro_jax.cli.main", *arguments],
