@@ -75,10 +75,10 @@ def main() -> None:
         "--compile", action="store_true", help="measure PyTorch with torch.compile too"
     )
     parser.add_argument(
-        "--attention",
+        "--pytorch_attention",
         choices=("sdpa", "eager"),
         default="sdpa",
-        help="PyTorch's (default: %(default)s)",
+        help="default: %(default)s",
     )
     flags = parser.parse_args()
     packages = ["jax", "jaxlib", "flax", "optax", "numpy"]
@@ -98,9 +98,9 @@ def main() -> None:
             flags.batch,
             cut,
             compiled=flags.compile,
-            attention=flags.attention,
+            attention=flags.pytorch_attention,
         )
-        conditions["PyTorch's"] = f"AdamW, attention {flags.attention}"
+        conditions["PyTorch's"] = f"AdamW, attention {flags.pytorch_attention}"
     conditions |= workloads.conditions(config)
     title = (
         f"a step of DRO-V, T5 {flags.model}, {flags.batch} examples, cut at {flags.lengths} tokens"

@@ -80,6 +80,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--scan_layers", choices=("True", "False"), help="likewise")
     parser.add_argument("--logits_chunk", type=int, help="likewise; 0 is None")
+    parser.add_argument("--attention", choices=("auto", "xla", "cudnn"), help="likewise")
     parser.add_argument("--output", help="a JSON file for the results")
 
 
@@ -97,6 +98,8 @@ def configure(flags: argparse.Namespace) -> T5Config:
         changes["scan_layers"] = flags.scan_layers == "True"
     if flags.logits_chunk is not None:
         changes["logits_chunk"] = flags.logits_chunk or None
+    if flags.attention is not None:
+        changes["attention"] = flags.attention
     return dataclasses.replace(SHAPES[flags.model], **changes)
 
 
@@ -106,7 +109,7 @@ def conditions(config: T5Config) -> dict[str, str]:
         "device": jax.devices()[0].device_kind,
         "dtype": str(jax.numpy.dtype(config.compute_dtype)),
         "layers": f"{'scanned' if config.scan_layers else 'unrolled'}, remat {config.remat}, "
-        f"logits_chunk {config.logits_chunk}",
+        f"logits_chunk {config.logits_chunk}, attention {config.attention}",
     }
 
 

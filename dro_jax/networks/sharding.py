@@ -68,6 +68,12 @@ def constrain(x: Array, *axes: str | None) -> Array:
     )
 
 
+def on_one_device() -> bool:
+    """Whether nothing is laid over several devices here."""
+    here = _here.get()
+    return here is None or here[0].size == 1
+
+
 def row_parts(rows: int) -> int:
     """How many parts so many rows are cut into here."""
     here = _here.get()

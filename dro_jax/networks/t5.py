@@ -14,16 +14,23 @@ from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from dro_jax.errors import UsageError, check_choice, check_number
+from dro_jax.networks.attention import (
+    attend,
+    attend_by_cudnn,
+    relative_position_bucket,
+    segment_mask,
+    use_cudnn,
+)
 from dro_jax.networks.log_probs import (
     MASKED_LOGIT,
     mask_entries,
     token_log_probs,
     token_log_probs_in_chunks,
+    vocabulary_logits,
 )
 from dro_jax.networks.sharding import constrain, gather
 
@@ -66,6 +73,8 @@ class T5Config:
         matrix products' results ("dots"), or all ("full").
       logits_chunk: positions whose logits a device has in memory at a time in training; padding is skipped, and
         the backward pass multiplies them out again. None makes and keeps the logits [B, To, V] of all.
+      attention: "xla", or "cudnn", fused kernels for bfloat16 on NVIDIA GPUs; "auto" takes them on one GPU, where a
+        trial of them gives what XLA's give.
     """
 
     vocab_size: int
@@ -84,6 +93,7 @@ class T5Config:
     scan_layers: bool = False
     remat: str = "none"
     logits_chunk: int | None = None
+    attention: str = "auto"
 
     def __post_init__(self) -> None:
         """Raises UsageError for sizes that are none and names that are unknown."""
@@ -97,6 +107,7 @@ class T5Config:
         )
         check_choice("T5Config.dtype", self.dtype, ("auto", "float32", "bfloat16"))
         check_choice("T5Config.remat", self.remat, tuple(_REMAT))
+        check_choice("T5Config.attention", self.attention, ("auto", "xla", "cudnn"))
         if not isinstance(self.scan_layers, bool):
             raise UsageError(f"T5Config.scan_layers is {self.scan_layers!r}: give True or False")
         if self.logits_chunk is not None:
@@ -112,48 +123,16 @@ class T5Config:
     def architecture(self) -> dict[str, Any]:
         """Everything that parameters depend on, JSON-ready: a checkpoint belongs to the model it agrees with."""
         fields = dataclasses.asdict(self)
-        for name in ("dtype", "reserved_entry", "scan_layers", "remat", "logits_chunk"):
+        for name in (
+            "dtype",
+            "reserved_entry",
+            "scan_layers",
+            "remat",
+            "logits_chunk",
+            "attention",
+        ):
             del fields[name]
         return fields | {"mlp_activations": list(self.mlp_activations)}
-
-
-def relative_position_bucket(
-    relative_position: Array, *, bidirectional: bool, num_buckets: int, max_distance: int
-) -> Array:
-    """Bucket of each relative position (T5, arXiv 1910.10683, section 2.1).
-
-    Half of the buckets are for single distances, the other half grows logarithmically up to `max_distance`.
-
-    Args:
-      relative_position: key position minus query position, int32 of any shape.
-      bidirectional: whether positions after the query have buckets of their own (the encoder).
-      num_buckets: number of buckets, both directions together.
-      max_distance: distance from which on the last bucket is used.
-
-    Returns:
-      Bucket numbers, int32, of the shape of `relative_position`.
-    """
-    offset = jnp.zeros_like(relative_position)
-    if bidirectional:
-        num_buckets //= 2
-        offset = jnp.where(relative_position > 0, num_buckets, 0)
-        distance = jnp.abs(relative_position)
-    else:
-        distance = jnp.maximum(-relative_position, 0)
-    # A table made by NumPy: an accelerator's logarithm and division may round across a bucket's edge.
-    # Every distance from max_distance on has the last bucket.
-    exact = num_buckets // 2
-    table = np.arange(max_distance + 1)
-    scaled = np.log(np.maximum(table, 1) / exact) / np.log(max_distance / exact)
-    large = exact + (scaled * (num_buckets - exact) + 1e-6).astype(np.int32)
-    table = np.where(table < exact, table, np.minimum(large, num_buckets - 1))
-    return offset + jnp.asarray(table, jnp.int32)[jnp.minimum(distance, max_distance)]
-
-
-def segment_mask(query_segments: Array, key_segments: Array) -> Array:
-    """Which keys [B, S] each query [B, T] may see: those of its own segment; 0 is padding. Bool [B, 1, T, S]."""
-    same = query_segments[:, :, None] == key_segments[:, None, :]
-    return (same & (key_segments > 0)[:, None, :])[:, None, :, :]
 
 
 def parameter(
@@ -235,7 +214,7 @@ class Embedding(nn.Module):
         """Logits [..., V] of states [..., E] against the table, float32."""
         if self.has_variable(BY_OUTPUT, "embedding"):
             return times_by_output(x, self.weights(), preferred_element_type=jnp.float32)
-        return jnp.einsum("...e,ve->...v", x, self.weights(), preferred_element_type=jnp.float32)
+        return vocabulary_logits(x, self.weights(), "ve")
 
 
 class RelativeBias(nn.Module):
@@ -283,16 +262,15 @@ class Attention(nn.Module):
         self, x: Array, keys: Array, values: Array, *, bias: Array | None, mask: Array
     ) -> Array:
         """Attends from [B, T, E]; bias [1, H, T, S] and mask [B, 1, T, S] (True: may look). [B, T, E]."""
-        # Rows with every key masked come out uniform and finite.
-        attended = jax.nn.dot_product_attention(
-            self._by_head(self.query(x)),
-            keys,
-            values,
-            bias=bias,
-            mask=mask,
-            scale=1.0,
-            implementation="xla",
+        config = self.config
+        # cuDNN wants even numbers: not those of a value network's only query.
+        fused = (
+            not self.is_initializing()
+            and x.shape[1] % 2 == keys.shape[1] % 2 == 0
+            and use_cudnn(config.attention, config.compute_dtype)
         )
+        function = attend_by_cudnn if fused else attend
+        attended = function(self._by_head(self.query(x)), keys, values, bias, mask)
         return self.out(attended.reshape(*x.shape[:-1], -1))
 
     def cached(self, x: Array) -> tuple[Array, Array]:
@@ -477,9 +455,7 @@ class OutputLayer(nn.Module):
         if self.has_variable(BY_OUTPUT, "kernel"):
             by_output: Array = self.get_variable(BY_OUTPUT, "kernel")
             return times_by_output(states, by_output, preferred_element_type=jnp.float32)
-        return jnp.einsum(
-            "...e,ev->...v", states, self.weights(), preferred_element_type=jnp.float32
-        )
+        return vocabulary_logits(states, self.weights(), "ev")
 
 
 class Decoder(nn.Module):

@@ -15,7 +15,7 @@ from flax.traverse_util import unflatten_dict
 from dro_jax.evaluation.sampling import Decoding, make_sampler
 from dro_jax.interop import huggingface
 from dro_jax.networks import T5, T5Config, token_log_probs
-from dro_jax.networks.t5 import relative_position_bucket
+from dro_jax.networks.attention import relative_position_bucket
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.npz"))
 TOLERANCE = 1e-5

@@ -17,13 +17,8 @@ from flax.core import meta
 from flax.traverse_util import flatten_dict
 
 from dro_jax.networks import T5, T5Config, ValueNetwork
-from dro_jax.networks.t5 import (
-    Attention,
-    Embedding,
-    RelativeBias,
-    RMSNorm,
-    relative_position_bucket,
-)
+from dro_jax.networks.attention import relative_position_bucket
+from dro_jax.networks.t5 import Attention, Embedding, RelativeBias, RMSNorm
 
 # Written out from T5X's examples/t5/network.py and layers.py (commit cc342d4) for vocabulary V=50, embed E=8,
 # heads H=3 of width 4 (joined 12), mlp 20: what T5X's Transformer(...).init holds under "params".
