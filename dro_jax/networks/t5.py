@@ -170,7 +170,10 @@ class Dense(nn.Module):
         kernel = parameter(self, "kernel", init, (x.shape[-1], self.features), self.axes)
         if self.has_variable(BY_OUTPUT, "kernel"):
             return times_by_output(x.astype(self.dtype), self.get_variable(BY_OUTPUT, "kernel"))
-        return x.astype(self.dtype) @ gather(kernel.astype(self.dtype), *self.axes)
+        # Of rows, the gradient of the kernel is a plain product; XLA copies a factor with more axes transposed.
+        rows = x.astype(self.dtype).reshape(-1, x.shape[-1])
+        rows = rows @ gather(kernel.astype(self.dtype), *self.axes)
+        return rows.reshape(*x.shape[:-1], self.features)
 
 
 class RMSNorm(nn.Module):
