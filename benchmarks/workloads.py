@@ -17,6 +17,7 @@ import numpy as np
 from dro_jax.cli import host_memory
 from dro_jax.data.packing import WINDOW, Batch, Example, fill_rows, pack, text_lengths
 from dro_jax.networks import T5Config
+from dro_jax.networks.attention import use_cudnn
 
 BYTES_A_TOKEN = 4
 MAX_EXAMPLES = 16
@@ -87,8 +88,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def configure(flags: argparse.Namespace) -> T5Config:
     """Chooses JAX's device, keeps freed memory as `dro_jax` does, and returns the model."""
     host_memory.keep_freed_memory()
-    # Both sides share the memory of a GPU, which JAX would take for itself.
+    # Both sides share the memory of a GPU, of which JAX would take three quarters for itself, and no more.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
     if flags.device != "auto":
         jax.config.update("jax_platforms", flags.device)
     changes = {"dtype": flags.dtype}
@@ -109,7 +111,8 @@ def conditions(config: T5Config) -> dict[str, str]:
         "device": jax.devices()[0].device_kind,
         "dtype": str(jax.numpy.dtype(config.compute_dtype)),
         "layers": f"{'scanned' if config.scan_layers else 'unrolled'}, remat {config.remat}, "
-        f"logits_chunk {config.logits_chunk}, attention {config.attention}",
+        f"logits_chunk {config.logits_chunk}",
+        "attention": "cudnn" if use_cudnn(config.attention, config.compute_dtype) else "xla",
     }
 
 

@@ -216,16 +216,23 @@ def temporary_bytes(work: Workload, layout: Layout) -> dict[str, float]:
         arrived *= 2 / (config.num_encoder_layers + config.num_decoder_layers)
     tables = [weight for weight in _weights(layout, "policy") if not weight.in_a_layer]
     arrived += 2 * sum(weight.gathered - weight.held for weight in tables)
-    layer = max(_kept_by_layer(config, parts, work.inputs, work.targets, "none"))
+    # cuDNN has the bias and the mask of a layer in memory, others the scores.
+    score = config.num_heads / parts.heads * (_item(config) if config.attention == "cudnn" else 4)
+    encoder, decoder = _kept_by_layer(config, parts, work.inputs, work.targets, "none")
+    layer = max(
+        encoder + score * work.inputs**2,
+        decoder + score * work.targets * (work.targets + work.inputs),
+    )
     scores = config.num_heads / parts.heads * (work.inputs**2 + work.targets**2)
     return {
-        "gradients": 4 * held * (2 if work.microbatches > 1 else 1),
+        # Of the compute type; their sum over microbatches is float32.
+        "gradients": held * (_item(config) + 4 * (work.microbatches > 1)),
         "weights in the compute type": _item(config)
         * (held + sum(weight.held for weight in frozen)),
         "weights gathered": _item(config) * arrived,
         "kept for the backward pass": rows * _kept_by_step(work, parts),
         "logits and their gradient": rows
-        * 2
+        * (1 + _item(config) / 4)
         * _logits(work, parts)
         * min(1, (config.logits_chunk or rows * work.targets) / (rows * work.targets)),
         "within a layer": rows * 2 * layer,
@@ -248,11 +255,11 @@ def touched_bytes(work: Workload, layout: Layout) -> float:
         + 2 * 4 * sum(weight.held for weight in _trained(layout))
         + item * sum(2 * weight.gathered - weight.held for weight in _passes(work, layout))
         + 2 * rows * _kept_by_step(work, parts)
-        # Written and read by the policy's loss, read for their gradient, that written and read for two products.
-        # In chunks they are written once more.
+        # Written and read by the policy's loss, read for their gradient, that of the compute type written and read
+        # for two products. In chunks they are written once more.
         + rows
         * _logits(work, parts)
-        * (6 + 2 * work.reference + (work.config.logits_chunk is not None))
+        * (3 + 3 * item / 4 + 2 * work.reference + (work.config.logits_chunk is not None))
     )
 
 
@@ -382,8 +389,8 @@ def _kept_by_layer(
         encoder = inputs * (2 * width + 3 * attended + hidden)
         decoder = targets * (3 * width + 4 * attended + hidden) + inputs * 2 * attended
     else:
-        # Norms and activation functions too, and attention's weights, also as float32.
-        scores = heads * (1 + 4 / item)
+        # Norms and activation functions too, and attention's weights.
+        scores = heads * (config.attention != "cudnn")
         encoder = inputs * (4 * width + 4 * attended + 2 * hidden + scores * inputs)
         decoder = targets * (6 * width + 6 * attended + 2 * hidden + scores * (targets + inputs))
         decoder += inputs * 2 * attended
