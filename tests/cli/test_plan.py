@@ -112,7 +112,7 @@ def wide(command):
 @pytest.mark.parametrize(
     "given",
     [
-        ["--gpus=1xA100-80"],
+        ["--gpus=1xA100-40"],
         ["--gpus=2xA100-40", "--gin.Partitioning.data=2", "--gin.Partitioning.fsdp=1"],
         ["--gpus=1xH100", "--gin.TASK_FEATURE_LENGTHS={'inputs':512,'targets':2048}"],
         ["--gpus=1xH100", "--gin.T5Config.remat='none'", "--gin.BATCH_SIZE=128"],

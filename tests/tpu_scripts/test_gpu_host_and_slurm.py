@@ -25,7 +25,9 @@ class Machine:
 
     def start(self, behaviour, *arguments):
         (self.home / "behaviour").write_text(behaviour)
-        command = [SCRIPTS / "gpu_host.sh", *(arguments or (self.home / "run", "--gin_file=a.gin"))]
+        # A test run in the background of a script has SIGINT ignored, and so would bash.
+        script = ["env", "--default-signal=INT", SCRIPTS / "gpu_host.sh"]
+        command = [*script, *(arguments or (self.home / "run", "--gin_file=a.gin"))]
         with self.out.open("w") as out:
             process = subprocess.Popen(
                 command, env=self.environment, cwd=self.home, stdout=out, stderr=out
