@@ -112,7 +112,9 @@ def conditions(config: T5Config) -> dict[str, str]:
         "dtype": str(jax.numpy.dtype(config.compute_dtype)),
         "layers": f"{'scanned' if config.scan_layers else 'unrolled'}, remat {config.remat}, "
         f"logits_chunk {config.logits_chunk}",
-        "attention": "cudnn" if use_cudnn(config.attention, config.compute_dtype) else "xla",
+        "attention": "cudnn"
+        if use_cudnn(config.attention, config.compute_dtype, config.head_dim)
+        else "xla",
     }
 
 

@@ -270,7 +270,7 @@ class Attention(nn.Module):
         fused = (
             not self.is_initializing()
             and x.shape[1] % 2 == keys.shape[1] % 2 == 0
-            and use_cudnn(config.attention, config.compute_dtype)
+            and use_cudnn(config.attention, config.compute_dtype, config.head_dim)
         )
         function = attend_by_cudnn if fused else attend
         attended = function(self._by_head(self.query(x)), keys, values, bias, mask)
