@@ -121,6 +121,7 @@ def train(
     Raises:
       DivergenceError: if a loss, gradient or parameter is not finite; nothing is saved after the step named.
     """
+    on_cpu = jax.default_backend() == "cpu"
     first = done = int(state.step)
     pending: list[dict[str, jax.Array]] = []
     clock = time.perf_counter()
@@ -131,9 +132,11 @@ def train(
         pending.append(metrics)
         done += 1
         progress(done)
+        if done == first + 1 or on_cpu:
+            # On CPU a step that is waiting would have taken its memory beside that of the one before.
+            jax.block_until_ready(metrics)
         if done == first + 1:
             # The first step's time is the compiler's; it would hide the speed of the others.
-            jax.block_until_ready(metrics)
             clock = time.perf_counter()
 
         finished = stop.after(done) or done == num_steps
