@@ -179,21 +179,26 @@ def measure(
     # Every shape once, a library's largest first: in what it frees its others have room.
     largest = {key: workloads.count(batch)[2] for key, batch in shapes.items()}
     last = ""
+
+    def comes_anew(side: str) -> bool:
+        """Returns whether the other library had the last turn, and gives back what its buffers left."""
+        nonlocal last
+        if library(side) == last:
+            return False
+        host_memory.give_back_freed_memory()
+        last = library(side)
+        return True
+
     for key in sorted(shapes, key=lambda key: (key[0], -largest[key])):
-        if key[0] != last:
-            host_memory.give_back_freed_memory()
-        last, run, _ = key
-        run([shapes[key]])
+        comes_anew(key[0])
+        key[1]([shapes[key]])
 
     def take(name: str, turns: Iterator[Sequence[Batch]]) -> float:
         """Returns the seconds of a side's next turn."""
-        nonlocal last
         run, turn = sides[name][0], next(turns)
-        if library(name) != last:
+        if comes_anew(name):
             # The room that the other library's buffers had is of no use to this one, and a step finds its own again.
-            host_memory.give_back_freed_memory()
             run(turn[:1])
-            last = library(name)
         return run(turn)
 
     counts, timed = {}, {}

@@ -146,21 +146,21 @@ def find_fault(function: Callable[..., Array], head_dim: int) -> str | None:
       query that may look at nothing need only be finite. Also inside of a function that is being traced.
     """
     rng = np.random.default_rng(0)
-    rows, length, seen, heads, width = 2, 64, 96, 2, head_dim
+    rows, length, seen, heads = 2, 64, 96, 2
     mask = rng.random((rows, 1, length, seen)) < 0.5
     mask[..., 0] = True
     # As padding in packed rows.
     mask[1, :, -8:] = False
     sees = np.any(mask, axis=-1)[:, 0, :, None, None]
-    towards = np.where(sees, rng.standard_normal((rows, length, heads, width)), 0)
+    towards = np.where(sees, rng.standard_normal((rows, length, heads, head_dim)), 0)
     shapes = {
-        "queries": (rows, length, heads, width),
-        "keys": (rows, seen, heads, width),
-        "values": (rows, seen, heads, width),
+        "queries": (rows, length, heads, head_dim),
+        "keys": (rows, seen, heads, head_dim),
+        "values": (rows, seen, heads, head_dim),
         "bias": (1, heads, length, seen),
     }
     inputs = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
-    inputs["queries"] /= np.sqrt(width)
+    inputs["queries"] /= np.sqrt(head_dim)
 
     @functools.partial(jax.jit, static_argnums=0)
     def sums_and_gradients(

@@ -59,8 +59,8 @@ def mesh_axes(
 
 def constrain(x: Array, *axes: str | None) -> Array:
     """The activation, laid as the rules say for axes of these names. Outside of `laid_over` nothing is done."""
-    here = _here.get()
-    if here is None or here[0].size == 1:
+    here = _several_devices()
+    if here is None:
         return x
     mesh, rules = here
     return jax.lax.with_sharding_constraint(
@@ -70,13 +70,12 @@ def constrain(x: Array, *axes: str | None) -> Array:
 
 def on_one_device() -> bool:
     """Whether nothing is laid over several devices here."""
-    here = _here.get()
-    return here is None or here[0].size == 1
+    return _several_devices() is None
 
 
 def row_parts(rows: int) -> int:
     """How many parts so many rows are cut into here."""
-    here = _here.get()
+    here = _several_devices()
     if here is None:
         return 1
     mesh, rules = here
@@ -90,8 +89,8 @@ def gather(weight: Array, *axes: str | None) -> Array:
     Its gradient goes back to where the weight lies, so that it is summed and cut in one step. Without this
     the compiler may choose to move the activations instead.
     """
-    here = _here.get()
-    if here is None or here[0].size == 1:
+    here = _several_devices()
+    if here is None:
         return weight
     mesh, rules = here
     stored = mesh_axes(axes, weight.shape, mesh, rules)
@@ -105,12 +104,17 @@ def by_rows(function: Callable[[Array], Any], x: Array) -> Any:
 
     For what the compiler cannot cut, such as top-k, before which it would send all rows to all devices.
     """
-    here = _here.get()
-    if here is None or here[0].size == 1:
+    here = _several_devices()
+    if here is None:
         return function(x)
     mesh, rules = here
     rows = PartitionSpec(*mesh_axes(("batch",), x.shape[:1], mesh, rules))
     return jax.shard_map(function, mesh=mesh, in_specs=rows, out_specs=rows)(x)
+
+
+def _several_devices() -> tuple[Mesh, Rules] | None:
+    here = _here.get()
+    return None if here is None or here[0].size == 1 else here
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))

@@ -217,13 +217,14 @@ def temporary_bytes(work: Workload, layout: Layout) -> dict[str, float]:
     tables = [weight for weight in _weights(layout, "policy") if not weight.in_a_layer]
     arrived += 2 * sum(weight.gathered - weight.held for weight in tables)
     # cuDNN has the bias and the mask of a layer in memory, others the scores.
-    score = config.num_heads / parts.heads * (_item(config) if config.attention == "cudnn" else 4)
+    heads = config.num_heads / parts.heads
+    score = heads * (_item(config) if config.attention == "cudnn" else 4)
     encoder, decoder = _kept_by_layer(config, parts, work.inputs, work.targets, "none")
     layer = max(
         encoder + score * work.inputs**2,
         decoder + score * work.targets * (work.targets + work.inputs),
     )
-    scores = config.num_heads / parts.heads * (work.inputs**2 + work.targets**2)
+    scores = heads * (work.inputs**2 + work.targets**2)
     return {
         # Of the compute type; their sum over microbatches is float32.
         "gradients": held * (_item(config) + 4 * (work.microbatches > 1)),
