@@ -4,23 +4,22 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import numpy as np
 import seqio
 from etils import epath
 
 from dro_jax.cli import configuration, train
 from dro_jax.cli.console import console, progress_bar
+from dro_jax.cli.run_data import cache_facts, read_data
 from dro_jax.cli.run_folder import facts_of_reference
 from dro_jax.data import caching
-from dro_jax.data.packing import Example, packed_batches
+from dro_jax.data.packing import Batch, Example, score_examples
 from dro_jax.data.tasks import feedback_task
 from dro_jax.errors import UsageError
 from dro_jax.networks import T5Config
-from dro_jax.networks.sharding import laid_over
 from dro_jax.training import checkpoints, loop, partitioning, processes, train_state
 from dro_jax.training.algorithms import Needs
-from dro_jax.training.step import sequence_log_prob
+from dro_jax.training.step import make_log_prob
 
 EXAMPLES_A_ROW = 16
 """The reference reads packed rows, however training will have them."""
@@ -44,8 +43,8 @@ def run() -> None:
     drop_overlong = bound.get("drop_overlong", False)
     mesh = rules.mesh()
     partitioning.check_batch_size(bound["batch_size"], mesh, rules)
-    checked = processes.agree(
-        lambda: train.check_data(
+    data = processes.agree(
+        lambda: read_data(
             feedback,
             bound["model"],
             bound["algorithm"],
@@ -55,8 +54,8 @@ def run() -> None:
             drop_overlong,
         )
     )
-    processes.refuse_differences("feedback file", checked.summary.digest)
-    model, vocabulary, summary = checked.model, checked.vocabulary, checked.summary
+    processes.refuse_differences("feedback file", data.summary.digest)
+    model, vocabulary, summary = data.model, data.vocabulary, data.summary
     digest, reference = None, None
     if needs.reference:
         layout = train_state.make_layout(
@@ -65,7 +64,7 @@ def run() -> None:
         expected = facts_of_reference(
             {
                 "model": model.architecture(),
-                "vocabulary": checked.vocabulary_digest,
+                "vocabulary": data.vocabulary_digest,
                 "reserved_entry": model.reserved_entry,
             }
         )
@@ -74,7 +73,7 @@ def run() -> None:
         digest = checkpoints.weights_digest(reference)
     for line in (
         *summary.describe().splitlines(),
-        checked.overlong.describe(drop_overlong=drop_overlong),
+        data.overlong.describe(drop_overlong=drop_overlong),
     ):
         console.print(line)
 
@@ -96,12 +95,12 @@ def run() -> None:
         )
         scored = ["reference_log_probs"]
         scored += ["mismatched_reference_log_probs"] if needs.mismatched else []
-    facts = train.cache_facts(
+    facts = cache_facts(
         feedback,
         model,
         needs,
         lengths,
-        checked.vocabulary_digest,
+        data.vocabulary_digest,
         drop_overlong,
         digest,
         summary.digest,
@@ -114,7 +113,7 @@ def run() -> None:
             facts=facts,
             counts={
                 "summary": dataclasses.asdict(summary),
-                "overlong": dataclasses.asdict(checked.overlong),
+                "overlong": dataclasses.asdict(data.overlong),
                 "path": feedback.path,
                 "reference": bound.get("init_checkpoint"),
                 "dtype": np.dtype(model.compute_dtype).name,
@@ -156,23 +155,20 @@ def make_score(
       A function for `caching.write`.
     """
     sharding = partitioning.batch_sharding(layout.mesh, layout.rules)
+    log_prob = make_log_prob(model, layout.mesh, layout.rules)
 
-    def log_prob_of(params: Any, batch: dict[str, jax.Array]) -> jax.Array:
-        with laid_over(layout.mesh, layout.rules):
-            return sequence_log_prob(model, params, batch)
-
-    log_prob = jax.jit(log_prob_of, out_shardings=partitioning.replicated(layout.mesh))
+    def score_batch(batch: Batch) -> np.ndarray:
+        return np.asarray(log_prob(reference, loop.to_devices(batch, sharding)))
 
     def score_completions(examples: list[Example]) -> np.ndarray:
-        scores = np.zeros(len(examples), np.float32)
-        batches = packed_batches(
-            examples, lengths=lengths, max_examples=EXAMPLES_A_ROW, batch_size=batch_size
+        scores = score_examples(
+            score_batch,
+            examples,
+            lengths=lengths,
+            max_examples=EXAMPLES_A_ROW,
+            batch_size=batch_size,
         )
-        for batch, rows in batches:
-            got = np.asarray(log_prob(reference, loop.to_devices(batch, sharding)))
-            for row, numbers in enumerate(rows):
-                scores[numbers] = got[row, : len(numbers)]
-        return scores
+        return scores.astype(np.float32)
 
     def score(examples: list[Example]) -> dict[str, np.ndarray]:
         def finished(name: str) -> list[Example]:

@@ -15,7 +15,7 @@ from etils import epath
 
 from dro_jax.cli.generate import layout_of, load_policy
 from dro_jax.cli.run_folder import REFERENCE, facts_of_reference, make_directory
-from dro_jax.data.packing import Example, packed_batches
+from dro_jax.data.packing import Batch, Example, score_examples
 from dro_jax.data.vocabulary import encode_completion, encode_prompt
 from dro_jax.errors import UsageError
 from dro_jax.evaluation.chat_completions import Endpoint
@@ -157,7 +157,7 @@ def learnt_reward(checkpoint: str, *, with_value: bool) -> Reward:
       with_value: whether to add V of the response's last position.
 
     Returns:
-      From prompts and answers to float32 rewards, normalised as in training. Over-long texts are cut as in training.
+      From prompts and answers to rewards, normalised as in training. Over-long texts are cut as in training.
 
     Raises:
       UsageError: if the run has no reference, or no such V.
@@ -207,6 +207,14 @@ def learnt_reward(checkpoint: str, *, with_value: bool) -> Reward:
     shards = layout.mesh.size
     warned = False
 
+    def reward_of_rows(batch: Batch) -> np.ndarray:
+        # Few answers do not fill a batch: as many rows as are needed, in steps of twice as many.
+        kept, needed = shards, np.count_nonzero(batch["reward_weights"].any(axis=1))
+        while kept < needed:
+            kept *= 2
+        some = {name: array[:kept] for name, array in batch.items()}
+        return np.asarray(compiled(params, reference, loop.to_devices(some, sharding)))
+
     def reward(prompts: Sequence[str], answers: Sequence[str]) -> np.ndarray:
         nonlocal warned
         examples: list[Example] = [
@@ -226,23 +234,13 @@ def learnt_reward(checkpoint: str, *, with_value: bool) -> Reward:
                 cut,
                 len(examples),
             )
-        rewards = np.zeros(len(examples), np.float32)
-        batches = packed_batches(
+        return score_examples(
+            reward_of_rows,
             examples,
             lengths=lengths,
             max_examples=EXAMPLES_A_ROW,
             batch_size=-(-ROWS // shards) * shards,
         )
-        for batch, rows in batches:
-            # Few answers do not fill a batch: as many rows as are needed, in steps of twice as many.
-            kept = shards
-            while kept < len(rows):
-                kept *= 2
-            some = {name: array[:kept] for name, array in batch.items()}
-            got = np.asarray(compiled(params, reference, loop.to_devices(some, sharding)))
-            for row, numbers in enumerate(rows):
-                rewards[numbers] = got[row, : len(numbers)]
-        return rewards
 
     return reward
 

@@ -19,6 +19,7 @@ from rich.table import Table
 
 from dro_jax.cli import configuration, train
 from dro_jax.cli.console import console
+from dro_jax.cli.run_data import check_lengths
 from dro_jax.data.packing import fill_rows
 from dro_jax.errors import UsageError, check_number
 from dro_jax.networks import T5Config
@@ -142,7 +143,7 @@ def read_run() -> Run:
     configuration.bound(train.train)
     algorithm: Algorithm = bound["algorithm"]
     lengths, slots = bound["lengths"], bound.get("max_examples", 1)
-    train.check_lengths(lengths)
+    check_lengths(lengths)
     check_number("MAX_EXAMPLES", slots, whole=True, at_least=1)
     model: T5Config = bound["model"]
     one = jax.ShapeDtypeStruct((1, 1), np.float32)

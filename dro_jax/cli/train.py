@@ -16,23 +16,22 @@ from etils import epath
 from dro_jax.cli import configuration, host_memory, win_rates
 from dro_jax.cli.console import console, format_metrics, progress_bar
 from dro_jax.cli.generate import Policy
+from dro_jax.cli.run_data import RunData, cache_facts, check_pairs, read_data
 from dro_jax.cli.run_folder import (
     REFERENCE,
     STATISTICS,
     VOCABULARY,
     facts_of_reference,
     make_directory,
-    vocabulary_digest,
 )
 from dro_jax.data import caching
 from dro_jax.data.batches import Position, evaluation_batches, train_batches
-from dro_jax.data.feedback import FeedbackFile, FeedbackSummary, RewardStatistics, summarise
-from dro_jax.data.tasks import OverlongCounts, count_overlong, feedback_task
-from dro_jax.data.vocabulary import check_vocabulary_fits, load_vocabulary
+from dro_jax.data.feedback import FeedbackFile, RewardStatistics
+from dro_jax.data.tasks import feedback_task
 from dro_jax.errors import UsageError, check_number
 from dro_jax.networks import T5Config
 from dro_jax.training import checkpoints, loop, partitioning, processes, step, train_state
-from dro_jax.training.algorithms import Algorithm, Examples, Needs
+from dro_jax.training.algorithms import Algorithm, Examples
 from dro_jax.training.optimizers import Adafactor
 
 logger = logging.getLogger(__name__)
@@ -150,7 +149,7 @@ def train(
     # 1. Everything a person can have got wrong, before anything is written or a network compiled.
     mesh = rules.mesh()
 
-    def check() -> Checked:
+    def check() -> RunData:
         check_settings(
             model_dir, num_steps, max_examples, seed, keep_last, keep_every, stall_seconds
         )
@@ -159,30 +158,30 @@ def train(
                 f"train.compilation_cache_dir is {compilation_cache_dir!r}: give a path, or None"
             )
         partitioning.check_batch_size(batch_size, mesh, rules, microbatches)
-        checked = check_data(
+        data = read_data(
             feedback, model, algorithm, lengths, vocabulary_file, cache_dir, drop_overlong
         )
-        check_pairs(algorithm.needs, batch_size, max_examples, checked.summary)
-        return checked
+        check_pairs(algorithm.needs, batch_size, max_examples, data.summary)
+        return data
 
-    checked = processes.agree(check)
+    data = processes.agree(check)
     if compilation_cache_dir is not None:
         jax.config.update("jax_compilation_cache_dir", compilation_cache_dir)
     directory = epath.Path(model_dir)
     jury = processes.agree(
         lambda: win_rates.prepare(win_rate, directory, feedback, periods, algorithm.needs)
     )
-    processes.refuse_differences("feedback file", checked.summary.digest)
+    processes.refuse_differences("feedback file", data.summary.digest)
     needs, model, summary, manifest = (
         algorithm.needs,
-        checked.model,
-        checked.summary,
-        checked.manifest,
+        data.model,
+        data.summary,
+        data.manifest,
     )
     meta: checkpoints.Meta = {
         "model": model.architecture(),
         "reserved_entry": model.reserved_entry,
-        "vocabulary": checked.vocabulary_digest,
+        "vocabulary": data.vocabulary_digest,
         "algorithm": algorithm.name,
         "dtype": model.dtype,
         "lengths": dict(lengths),
@@ -221,16 +220,16 @@ def train(
             model,
             needs,
             lengths,
-            checked.vocabulary_digest,
+            data.vocabulary_digest,
             drop_overlong,
             digest,
-            checked.rows,
+            data.rows,
         )
         caching.refuse_differences(epath.Path(cache_dir), manifest.facts, facts)
     processes.agree(lambda: make_directory(directory))
     for line in (
         *summary.describe().splitlines(),
-        checked.overlong.describe(drop_overlong=drop_overlong),
+        data.overlong.describe(drop_overlong=drop_overlong),
     ):
         console.print(line)
 
@@ -264,7 +263,7 @@ def train(
             jury,
             folder=directory / win_rates.FOLDER,
             policy_of=lambda params: Policy(
-                model, params, checked.vocabulary, dict(lengths), mesh, rules.rules
+                model, params, data.vocabulary, dict(lengths), mesh, rules.rules
             ),
             reference=reference,
         )
@@ -296,7 +295,7 @@ def train(
         )
     task = feedback_task(
         feedback,
-        vocabulary=checked.vocabulary,
+        vocabulary=data.vocabulary,
         statistics=statistics,
         num_input_examples=summary.num_input_examples,
         min_reward=summary.top_reward,
@@ -421,71 +420,6 @@ def train(
     return None
 
 
-@dataclasses.dataclass(frozen=True)
-class Checked:
-    """What `check_data` found in order.
-
-    Attributes:
-      model: with what the method adds to it.
-      vocabulary: of the task.
-      vocabulary_digest: what identifies it.
-      summary: of the feedback file, or as it was when the cache was made.
-      overlong: how many rows are cut.
-      manifest: of the cache, None without one or for SeqIO's own.
-      rows: `FeedbackSummary.digest` of the file that is there now, else the cache's.
-    """
-
-    model: T5Config
-    vocabulary: seqio.Vocabulary
-    vocabulary_digest: str
-    summary: FeedbackSummary
-    overlong: OverlongCounts
-    manifest: caching.Manifest | None
-    rows: str
-
-
-def check_data(
-    feedback: FeedbackFile,
-    model: T5Config,
-    algorithm: Algorithm,
-    lengths: Mapping[str, int],
-    vocabulary_file: str | None,
-    cache_dir: str | None,
-    drop_overlong: bool,
-) -> Checked:
-    """Reads feedback, vocabulary and the cache's manifest. Raises UsageError for what does not fit together."""
-    check_lengths(lengths)
-    needs = algorithm.needs
-    vocabulary = load_vocabulary(vocabulary_file)
-    model = dataclasses.replace(model, reserved_entry=needs.value == "policy")
-    check_vocabulary_fits(vocabulary, model.vocab_size, reserved_entry=model.reserved_entry)
-    manifest = None if cache_dir is None else caching.read_manifest(cache_dir)
-    # A cache serves without its file, but not for another one.
-    of_file = (
-        summarise(feedback) if manifest is None or epath.Path(feedback.path).exists() else None
-    )
-    if manifest is not None:
-        summary, overlong = summaries_of_cache(manifest)
-    else:
-        assert of_file is not None
-        summary = of_file
-        overlong = count_overlong(
-            feedback, vocabulary=vocabulary, lengths=lengths, drop_overlong=drop_overlong
-        )
-        if cache_dir is not None:
-            needed = ["mismatched_targets"] * needs.mismatched + ["prompt_ids"] * needs.pairs
-            caching.check_seqio_cache(cache_dir, summary.num_input_examples, needed)
-    return Checked(
-        model=model,
-        vocabulary=vocabulary,
-        vocabulary_digest=vocabulary_digest(vocabulary_file),
-        summary=summary,
-        overlong=overlong,
-        manifest=manifest,
-        rows=(of_file or summary).digest,
-    )
-
-
 def check_settings(
     model_dir: str,
     num_steps: int,
@@ -505,96 +439,6 @@ def check_settings(
     check_number("train.stall_seconds", stall_seconds, above=0)
     if keep_every is not None:
         check_number("train.keep_every", keep_every, whole=True, at_least=1)
-
-
-def check_lengths(lengths: Mapping[str, int]) -> None:
-    """Raises UsageError for TASK_FEATURE_LENGTHS that mean nothing."""
-    if not isinstance(lengths, Mapping) or set(lengths) != {"inputs", "targets"}:
-        raise UsageError(
-            f'TASK_FEATURE_LENGTHS is {lengths!r}: write {{"inputs": 512, "targets": 512}}'
-        )
-    for name, length in lengths.items():
-        check_number(f"TASK_FEATURE_LENGTHS[{name!r}]", length, whole=True, at_least=2)
-
-
-def summaries_of_cache(manifest: caching.Manifest) -> tuple[FeedbackSummary, OverlongCounts]:
-    """What `summarise` and `count_overlong` said when a cache was made.
-
-    Raises:
-      UsageError: if the manifest does not hold that.
-    """
-    try:
-        summary = dict(manifest.counts["summary"])
-        summary["rewards"] = RewardStatistics(**summary["rewards"])
-        summary["bad_row_messages"] = tuple(summary["bad_row_messages"])
-        return FeedbackSummary(**summary), OverlongCounts(**manifest.counts["overlong"])
-    except (KeyError, TypeError) as error:
-        raise UsageError(
-            "CACHE_DIR: the manifest lacks what training needs; run `dro_jax cache` again, into another folder"
-        ) from error
-
-
-def cache_facts(
-    feedback: FeedbackFile,
-    model: T5Config,
-    needs: Needs,
-    lengths: Mapping[str, int],
-    vocabulary: str,
-    drop_overlong: bool,
-    reference: str | None,
-    rows: str,
-) -> caching.Facts:
-    """What a cache has to have been made with, to serve a run.
-
-    Args:
-      feedback: how rows are judged and split; the file itself may have moved.
-      model: shape of the reference.
-      needs: of the method.
-      lengths: limits at which texts are cut.
-      vocabulary: `vocabulary_digest`.
-      drop_overlong: whether over-long completions are left out.
-      reference: `checkpoints.weights_digest` of the reference's weights.
-      rows: `FeedbackSummary.digest` of the rows.
-    """
-    return {
-        "validation_fraction": feedback.validation_fraction,
-        "top_fraction": feedback.top_fraction,
-        "ultrafeedback_score": feedback.ultrafeedback_score,
-        "model": model.architecture() if needs.reference else None,
-        "reserved_entry": model.reserved_entry,
-        "lengths": dict(lengths),
-        "vocabulary": vocabulary,
-        "drop_overlong": drop_overlong,
-        "mismatched": needs.mismatched,
-        "pairs": needs.pairs,
-        "reference": reference,
-        "rows": rows,
-    }
-
-
-def check_pairs(needs: Needs, batch_size: int, max_examples: int, summary: FeedbackSummary) -> None:
-    """Raises UsageError where a method's pairs or mismatched responses cannot be had."""
-    if needs.pairs and max_examples > 1:
-        raise UsageError(
-            f"MAX_EXAMPLES is {max_examples}: this method takes completions two by two, which are not packed; "
-            "give 1"
-        )
-    if needs.pairs and batch_size % 2:
-        raise UsageError(
-            f"BATCH_SIZE is {batch_size}: this method takes completions two by two; give an even number"
-        )
-    if needs.pairs and not summary.train_pairs:
-        raise UsageError(
-            f"{summary.path}: no training prompt has two completions, which this method compares; give "
-            "more completions a prompt, or another method"
-        )
-    if needs.contrasts and not summary.contrasting_prompts:
-        raise UsageError(
-            f"{summary.path}: no training prompt has completions of different reward, which this method "
-            "prefers one of; give such, or another method"
-        )
-    if needs.mismatched and batch_size == max_examples == 1:
-        logger.warning("batches of one have no mismatched response: KTO's z0 is 0 throughout")
 
 
 def warn_of_changes(then: checkpoints.Meta, now: checkpoints.Meta) -> None:

@@ -5,7 +5,7 @@ longest first, which fills rows better than any few open rows can, and leaves no
 begins and ends is all that a resumed run has to know.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -87,6 +87,33 @@ def packed_batches(
             empty: list[list[Example]] = [[] for _ in range(batch_size - len(some))]
             batch = fill_rows([*filled, *empty], lengths=lengths, max_examples=max_examples)
             yield batch, [[start + i for i in row] for row in some]
+
+
+def score_examples(
+    score: Callable[[Batch], np.ndarray],
+    examples: Sequence[Example],
+    *,
+    lengths: Mapping[str, int],
+    max_examples: int,
+    batch_size: int,
+) -> np.ndarray:
+    """Computes one number an example in packed rows.
+
+    Args:
+        score: from a batch of `packed_batches` to numbers [rows, N]; empty rows at its end may be left out.
+        examples: as of `packed_batches`, like the other arguments.
+
+    Returns:
+        float64 [examples], in their order.
+    """
+    scores = np.zeros(len(examples), np.float64)
+    for batch, rows in packed_batches(
+        examples, lengths=lengths, max_examples=max_examples, batch_size=batch_size
+    ):
+        of_rows = score(batch)
+        for row, numbers in enumerate(rows):
+            scores[numbers] = of_rows[row, : len(numbers)]
+    return scores
 
 
 def fill_rows(

@@ -1,14 +1,16 @@
 """The one jitted training step, and its forward half for evaluation."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 
 from dro_jax.networks import T5, T5Config, ValueNetwork, sum_by_example
-from dro_jax.networks.sharding import constrain, laid_over
+from dro_jax.networks.sharding import Rules, constrain, laid_over
 from dro_jax.training import partitioning
 from dro_jax.training.algorithms import Algorithm, Examples
 from dro_jax.training.train_state import Layout, TrainState
@@ -240,6 +242,26 @@ def make_evaluation_step(
             return example_arrays(config, algorithm, params, reference, batch)
 
     return jax.jit(evaluation_step, out_shardings=partitioning.replicated(layout.mesh))
+
+
+@functools.lru_cache(maxsize=4)
+def make_log_prob(config: T5Config, mesh: Mesh, rules: Rules) -> Callable[[Any, Batch], Array]:
+    """Builds the jitted `log_prob(policy, batch) -> float32 [B, N]`; the same function for the same arguments.
+
+    Args:
+      config: shape of the T5.
+      mesh: where policy and batch lie.
+      rules: how logical axes lie on the mesh.
+
+    Returns:
+      `sequence_log_prob`, whole on every device.
+    """
+
+    def log_prob(policy: Any, batch: Batch) -> Array:
+        with laid_over(mesh, rules):
+            return sequence_log_prob(config, policy, batch)
+
+    return jax.jit(log_prob, out_shardings=partitioning.replicated(mesh))
 
 
 def batch_metrics(batch: Batch) -> Metrics:

@@ -16,10 +16,9 @@ import pytest
 from clu import metric_writers
 from etils import epath
 
-from dro_jax.cli import compare, generate
-from dro_jax.cli.generate import Completion, Sampling
+from dro_jax.cli import answers, compare, generate
+from dro_jax.cli.generate import Completion
 from dro_jax.data import demonstration
-from dro_jax.errors import UsageError
 from dro_jax.evaluation.sampling import Decoding
 from dro_jax.networks import T5
 
@@ -203,7 +202,7 @@ def test_log_ratios_by_hand(dro_v_run, sft_run):
     prompts = ["ann: d b a c", "bob: a"]
     tokens = [np.array([100, 35, 101, 1], np.int32), np.array([100, 200], np.int32)]
     completions = [Completion("", t) for t in tokens]
-    got = compare.log_ratios(policy, reference, prompts, completions, 8)
+    got = answers.log_ratios(policy, reference, prompts, completions, 8)
     expected = [
         log_prob(policy, prompt, t) - log_prob(reference, prompt, t)
         for prompt, t in zip(prompts, tokens, strict=True)
@@ -213,8 +212,8 @@ def test_log_ratios_by_hand(dro_v_run, sft_run):
 
 
 def test_three_policies_one_of_them_a_file_and_one_a_reference(compared, dro_v_run, place):
-    answers = [{"prompt": p, "completion": "a rather long answer"} for p in reversed(PROMPTS)]
-    (place / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in answers))
+    rows = [{"prompt": p, "completion": "a rather long answer"} for p in reversed(PROMPTS)]
+    (place / "other.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     result, report = compared(dro_v_run.directory, dro_v_run.directory / "reference", "other.jsonl")
     assert (result.code, result.err) == (0, "")
     assert report["win_rates"]["policies"] == ["dro_v", "dro_v/reference", "other.jsonl"]
@@ -234,8 +233,8 @@ def test_the_same_command_samples_nothing_again(compared, sft_run, dro_v_run, ag
     def never(*_, **__):
         raise AssertionError("was sampled again")
 
-    monkeypatch.setattr(compare, "complete", never)
-    monkeypatch.setattr(compare, "load_policy", never)
+    monkeypatch.setattr(answers, "complete", never)
+    monkeypatch.setattr(answers, "load_policy", never)
     result, second = compared(dro_v_run.directory, sft_run.directory)
     assert result.code == 0
     assert completions_in(again) == before
@@ -245,10 +244,10 @@ def test_the_same_command_samples_nothing_again(compared, sft_run, dro_v_run, ag
 def test_what_an_interruption_left_is_kept(
     compared, sft_run, dro_v_run, place, finished, monkeypatch
 ):
-    monkeypatch.setattr(compare, "SAVE_SECONDS", 0.0)
+    monkeypatch.setattr(answers, "SAVE_SECONDS", 0.0)
     whole = completions_in(finished[0])
-    original, asked, sizes = compare.complete, [], []
-    write_rows = compare.write_rows
+    original, asked, sizes = answers.complete, [], []
+    write_rows = answers.write_rows
 
     def interrupted(policy, prompts, *arguments, **options):
         asked.append(len(prompts))
@@ -261,8 +260,8 @@ def test_what_an_interruption_left_is_kept(
         write_rows(path, rows)
         sizes.append(len(path.read_text().splitlines()))
 
-    monkeypatch.setattr(compare, "complete", interrupted)
-    monkeypatch.setattr(compare, "write_rows", watched)
+    monkeypatch.setattr(answers, "complete", interrupted)
+    monkeypatch.setattr(answers, "write_rows", watched)
     result, report = compared(dro_v_run.directory, sft_run.directory)
     assert (result.code, result.err, report) == (130, "dro_jax: interrupted\n", None)
     assert completions_in(place / "out")["dro_v"] == whole["dro_v"][:8]
@@ -364,7 +363,7 @@ def test_a_run_that_goes_on_training_is_sampled_at_the_step_that_was_found(
 ):
     shutil.copytree(dro_v_run.directory, place / "run")
     (place / "run/checkpoint_6").rename(place / "later")
-    load_policy, asked = compare.load_policy, []
+    load_policy, asked = answers.load_policy, []
 
     def load_later(path, partitioning):
         # Between finding and loading, the training saves once more.
@@ -373,66 +372,13 @@ def test_a_run_that_goes_on_training_is_sampled_at_the_step_that_was_found(
         asked.append(path)
         return load_policy(path, partitioning)
 
-    monkeypatch.setattr(compare, "load_policy", load_later)
+    monkeypatch.setattr(answers, "load_policy", load_later)
     assert compared("run", sft_run.directory)[0].code == 0
     assert asked[0] == str(place / "run/checkpoint_4")
     rows = completions_in(place / "out")["run"]
     policy = generate.load_policy(str(dro_v_run.directory / "checkpoint_4"))
     expected = generate.complete(policy, PROMPTS, Decoding(8), seed=0, batch_size=8)
     assert [row["completion"] for row in rows] == [c.text for c in expected]
-
-
-SAMPLING = Sampling(
-    max_tokens=None,
-    temperature=None,
-    top_k=0,
-    top_p=1.0,
-    num_beams=1,
-    length_penalty=1.0,
-    seed=0,
-    batch_size=8,
-    fsdp=1,
-    model=1,
-)
-
-
-def test_a_file_is_of_one_policy_prompts_seed_reference_and_decoding(
-    sft_run, dro_v_run, tmp_path, monkeypatch
-):
-    paths = []
-
-    def keep(_policy, _reference, prompts, rows, _decoding, _sampling, path, _name):
-        paths.append(path)
-        rows += [
-            {"prompt": prompt, "completion": "", "ended": True, "log_ratio": 0.0}
-            for prompt in prompts
-        ]
-
-    monkeypatch.setattr(compare, "sample_rest", keep)
-    monkeypatch.setattr(compare, "load_policy", lambda *_: None)
-    run = compare.find(str(dro_v_run.directory), "run", PROMPTS)
-    older = compare.find(str(dro_v_run.directory / "checkpoint_4"), "run", PROMPTS)
-    sft = compare.find(str(sft_run.directory), "sft", PROMPTS)
-    folder = epath.Path(tmp_path)
-    compare.sample(run, sft, PROMPTS, SAMPLING, folder)
-    compare.sample(run, sft, PROMPTS, dataclasses.replace(SAMPLING, batch_size=2), folder)
-    assert len(set(paths)) == 1
-    changes = [
-        (older, sft, PROMPTS, {}),
-        (run, None, PROMPTS, {}),
-        (run, older, PROMPTS, {}),
-        (run, sft, PROMPTS[1:], {}),
-        (run, sft, PROMPTS[::-1], {}),
-        (run, sft, PROMPTS, {"seed": 1}),
-        (run, sft, PROMPTS, {"temperature": 0.5}),
-        (run, sft, PROMPTS, {"top_k": 3}),
-        (run, sft, PROMPTS, {"top_p": 0.5}),
-        (run, sft, PROMPTS, {"max_tokens": 5}),
-        (run, sft, PROMPTS, {"num_beams": 2}),
-    ]
-    for source, base, prompts, settings in changes:
-        compare.sample(source, base, prompts, dataclasses.replace(SAMPLING, **settings), folder)
-    assert len(set(paths)) == 1 + len(changes)
 
 
 def test_another_checkpoint_in_the_same_place_is_sampled_anew(compared, sft_run, dro_v_run, again):
@@ -453,7 +399,7 @@ def test_curves_of_a_run_that_was_resumed(tmp_path):
             writer.close()
         # TensorBoard names a file by the second.
         time.sleep(1.1)
-    run = compare.Run("run", epath.Path(tmp_path), 6, {}, "run")
+    run = answers.Run("run", epath.Path(tmp_path), 6, {}, "run")
     again = dataclasses.replace(run, name="run/checkpoint_3", step=3)
     curves = compare.read_curves([run, again])
     assert set(curves) == {"run"}
@@ -505,28 +451,6 @@ def test_no_reference_is_said(compared, sft_run):
     assert result.code == 0
     assert report["policies"][0]["is_reference"]
     assert report["policies"][1]["log_ratio"]["mean"] != 0
-
-
-def test_runs_of_different_references_or_vocabularies_have_none_in_common(dro_v_run):
-    run = compare.find(str(dro_v_run.directory), "run", PROMPTS)
-
-    def like(**facts):
-        return dataclasses.replace(run, meta=run.meta | facts)
-
-    assert (
-        compare.find_reference(None, [run, like(reference=None)])[0].weights()
-        == run.meta["reference"]
-    )
-    for other in (like(reference="another"), like(vocabulary="another")):
-        reference, why = compare.find_reference(None, [run, other])
-        assert reference is None
-        assert why.startswith("the runs have different references or vocabularies")
-    gone = dataclasses.replace(run, directory=run.directory / "nowhere")
-    assert compare.find_reference(None, [gone])[1].startswith(
-        "the runs' reference is not there any more"
-    )
-    with pytest.raises(UsageError, match="has another vocabulary than"):
-        compare.find_reference(str(dro_v_run.directory), [like(vocabulary="another")])
 
 
 def test_a_judge_without_a_verdict(compared, sft_run, dro_v_run, again):
@@ -602,13 +526,6 @@ def test_bad_files_of_completions(compared, sft_run, place, content, message):
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     refused(compared(sft_run.directory, "theirs.jsonl")[0], f"theirs.jsonl{message}")
     assert not (place / "out").exists()
-
-
-def test_repeated_prompts_take_completions_in_turn(place):
-    rows = [("a", "1"), ("b", "2"), ("a", "3")]
-    path = place / "c.jsonl"
-    path.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in rows))
-    assert compare.read_completions(str(path), ["a", "a", "b"]) == ["1", "3", "2"]
 
 
 def test_a_file_that_was_changed_is_refused(compared, sft_run, dro_v_run, again, place):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dro_jax.cli import generate
-from dro_jax.cli import train as train_module
+from dro_jax.cli.run_data import check_pairs
 from dro_jax.data.feedback import FeedbackFile, read_rows, split_of, summarise
 from dro_jax.training import checkpoints
 from dro_jax.training.algorithms import Kto
@@ -158,9 +158,9 @@ def test_pairs_want_even_batches_and_prompts_with_two_completions(run, tmp_path)
 
 def test_kto_says_that_batches_of_one_have_no_partner(caplog, feedback_file):
     summary = summarise(FeedbackFile(str(feedback_file)))
-    train_module.check_pairs(Kto().needs, 2, 1, summary)
+    check_pairs(Kto().needs, 2, 1, summary)
     assert not caplog.messages
-    train_module.check_pairs(Kto().needs, 1, 1, summary)
+    check_pairs(Kto().needs, 1, 1, summary)
     (message,) = caplog.messages
     assert message == "batches of one have no mismatched response: KTO's z0 is 0 throughout"
 

@@ -13,7 +13,7 @@ import pytest
 
 from dro_jax.data import batches, feedback, packing, tasks
 from dro_jax.data.feedback import FeedbackFile, RewardStatistics
-from dro_jax.data.packing import fill_rows, pack, packed_batches, text_lengths
+from dro_jax.data.packing import fill_rows, pack, packed_batches, score_examples, text_lengths
 from dro_jax.data.vocabulary import load_vocabulary
 
 
@@ -69,6 +69,25 @@ def test_batches_of_packed_rows_hold_each_example_once(monkeypatch):
                     np.testing.assert_array_equal(tokens[own], examples[number][name])
             seen += numbers
     assert sorted(seen) == list(range(50))
+
+
+def test_each_example_gets_its_own_score(monkeypatch):
+    monkeypatch.setattr(packing, "WINDOW", 20)
+    rng = np.random.default_rng(1)
+    sizes = rng.integers(1, 11, 50)
+    examples = [example(rng.integers(2, 9, size), [1], number) for number, size in enumerate(sizes)]
+
+    def score(batch):
+        # A number and a sum over the row: what belongs to a neighbour would be seen. Empty rows are left out.
+        rows = batch["reward_weights"].any(axis=1)
+        slots = np.arange(1, 4)
+        tokens = (batch["encoder_segment_ids"][:, :, None] == slots).sum(axis=1)
+        return (1000 * batch["rewards"] + tokens)[rows]
+
+    scores = score_examples(
+        score, examples, lengths={"inputs": 12, "targets": 9}, max_examples=3, batch_size=4
+    )
+    np.testing.assert_array_equal(scores, 1000 * np.arange(50) + sizes)
 
 
 def test_rows_are_near_the_fewest_possible():
