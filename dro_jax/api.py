@@ -29,11 +29,12 @@ from dro_jax.cli.generate import (
     model_of,
     vocabulary_file_of,
 )
-from dro_jax.cli.run_folder import make_directory, write_whole
+from dro_jax.cli.run_folder import make_directory
 from dro_jax.data.feedback import FIELDS
 from dro_jax.errors import UsageError
 from dro_jax.evaluation.report import Report
 from dro_jax.training import checkpoints
+from dro_jax.whole_files import write_whole
 
 FEEDBACK = "feedback.jsonl"
 PROMPTS = "prompts.jsonl"

@@ -14,13 +14,14 @@ from etils import epath
 
 from dro_jax.cli.console import progress_bar
 from dro_jax.cli.generate import Completion, Policy, Sampling, complete, load_policy, model_of
-from dro_jax.cli.run_folder import REFERENCE, write_whole
+from dro_jax.cli.run_folder import REFERENCE
 from dro_jax.data.packing import Batch, Example, score_examples
 from dro_jax.data.vocabulary import encode_prompt
 from dro_jax.errors import UsageError
 from dro_jax.evaluation.sampling import Decoding
 from dro_jax.training import checkpoints, loop, partitioning
 from dro_jax.training.step import make_log_prob
+from dro_jax.whole_files import write_whole
 
 SAVE_SECONDS = 20.0
 """Sampling is kept this often, so that an interruption loses no more."""

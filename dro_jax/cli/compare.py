@@ -16,7 +16,7 @@ from dro_jax.cli.answers import Answers, File, Run, find, find_reference, sample
 from dro_jax.cli.console import console, progress_bar
 from dro_jax.cli.generate import Sampling, read_prompts
 from dro_jax.cli.judging import load_judge
-from dro_jax.cli.run_folder import make_directory, write_whole
+from dro_jax.cli.run_folder import make_directory
 from dro_jax.errors import UsageError, check_number
 from dro_jax.evaluation import report as reports
 from dro_jax.evaluation.charts import LOSSES
@@ -24,6 +24,7 @@ from dro_jax.evaluation.judges import Comparison, Judge, Verdict
 from dro_jax.evaluation.llm_judge import LlmJudge
 from dro_jax.evaluation.page import to_html
 from dro_jax.evaluation.sampling import Decoding
+from dro_jax.whole_files import write_whole
 
 JUDGE_REPLIES = "judge_replies.sqlite"
 """Inside the output folder: what a language model said."""

@@ -14,6 +14,7 @@ from etils import epath
 
 import dro_jax
 from dro_jax.errors import UsageError
+from dro_jax.whole_files import write_whole
 
 T = TypeVar("T")
 
@@ -95,7 +96,7 @@ def save_operative(path: epath.PathLike) -> None:
     text = re.sub(
         rf"^(# Parameters for )?(?:{macros})/", r"\1", gin.operative_config_str(), flags=re.M
     )
-    epath.Path(path).write_text(text)
+    write_whole(path, text)
 
 
 def _parse(what: str, parse: Callable[[], T]) -> T:

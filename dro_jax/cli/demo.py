@@ -32,6 +32,7 @@ from dro_jax.evaluation.sampling import Decoding
 from dro_jax.training import checkpoints
 from dro_jax.training.algorithms import Algorithm
 from dro_jax.training.step import example_arrays, sequence_log_prob
+from dro_jax.whole_files import write_whole
 
 SUMMARY = "summary.json"
 VALIDATION_FRACTION = 0.1
@@ -108,11 +109,9 @@ def run_one(workdir: str, algorithm: str) -> train.Interrupted | None:
     )
     make_directory(directory)
     if not paths.data.exists():
-        partial = directory / f"{paths.data.name}.partial"
         demonstration.write_demonstration(
-            partial, demonstration.prompts(), samples_per_prompt=ANSWERS_PER_PROMPT, seed=0
+            paths.data, demonstration.prompts(), samples_per_prompt=ANSWERS_PER_PROMPT, seed=0
         )
-        partial.replace(paths.data)
 
     console.rule("1. The reference: supervised fine-tuning on the behaviour policy's answers")
     interrupted = train_from(
@@ -297,9 +296,9 @@ def write_results(
         "held_out_prompts": len(wins),
         "seconds": seconds,
     }
-    paths.samples.write_text("".join(json.dumps(row) + "\n" for row in samples))
+    write_whole(paths.samples, "".join(json.dumps(row) + "\n" for row in samples))
     for place in (paths.summary, paths.aligned / SUMMARY):
-        place.write_text(json.dumps(summary, indent=2) + "\n")
+        write_whole(place, json.dumps(summary, indent=2) + "\n")
     return summary
 
 
@@ -329,7 +328,7 @@ def compare(workdir: epath.Path) -> None:
     )
     lines = [list(columns), ["---"] * len(columns), *rows]
     place = workdir / "algorithms.md"
-    place.write_text("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    write_whole(place, "".join(f"| {' | '.join(line)} |\n" for line in lines))
     console.print(f"table        {place}")
 
 

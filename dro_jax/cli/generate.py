@@ -21,6 +21,7 @@ from dro_jax.networks import T5Config
 from dro_jax.networks.sharding import Rules
 from dro_jax.training import checkpoints, optimizers, train_state
 from dro_jax.training.partitioning import Partitioning, row_shards
+from dro_jax.whole_files import whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -236,13 +237,10 @@ def run(*, checkpoint: str, prompts: str, output: str, sampling: Sampling) -> No
             sys.stdout.write(line)
             sys.stdout.flush()
         return
-    # Written beside its place and then moved there: an interruption leaves no half file.
-    partial = epath.Path(f"{output}.partial")
     try:
-        with partial.open("wb") as file:
+        with whole_file(output) as partial, partial.open("wb") as file:
             for line in lines:
                 file.write(line.encode())
-        partial.replace(output)
     except OSError as error:
         raise UsageError(f"{output}: cannot be written ({error.strerror or error})") from error
 

@@ -29,7 +29,7 @@ from dro_jax.cli import configuration, demo, train
 from dro_jax.cli.console import console, progress_bar
 from dro_jax.cli.generate import load_policy
 from dro_jax.cli.run_folder import REFERENCE as OWN_REFERENCE
-from dro_jax.cli.run_folder import STATISTICS, make_directory, write_whole
+from dro_jax.cli.run_folder import STATISTICS, make_directory
 from dro_jax.data import demonstration
 from dro_jax.data.feedback import RewardStatistics, split_of
 from dro_jax.errors import DivergenceError, UsageError, check_number
@@ -38,6 +38,7 @@ from dro_jax.evaluation.enumeration import AnswerScores
 from dro_jax.evaluation.experiments import LARGER, REFERENCE, TAU, Measurement, findings_of, size_of
 from dro_jax.training.algorithms import Algorithm, DroP, DroV
 from dro_jax.training.loop import StopRequest
+from dro_jax.whole_files import write_whole
 
 FOLDER = "experiments/miniature"
 TEST_FRACTION = 0.1
@@ -335,11 +336,9 @@ def write_data(directory: epath.Path, seed: int) -> None:
     if place.exists():
         return
     make_directory(place.parent)
-    partial = place.parent / f"{place.name}.partial"
     demonstration.write_demonstration(
-        partial, split_prompts()["asked"], samples_per_prompt=demo.ANSWERS_PER_PROMPT, seed=seed
+        place, split_prompts()["asked"], samples_per_prompt=demo.ANSWERS_PER_PROMPT, seed=seed
     )
-    partial.replace(place)
 
 
 def arm_file(each: Run) -> str:

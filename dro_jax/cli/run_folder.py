@@ -27,13 +27,6 @@ def make_directory(directory: epath.Path) -> None:
         ) from error
 
 
-def write_whole(path: epath.Path, content: str | bytes) -> None:
-    """Writes a file beside its place and moves it there, so that an interruption leaves no half file."""
-    partial = path.parent / f"{path.name}.partial"
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    partial.replace(path)
-
-
 def vocabulary_digest(vocabulary_file: str | None) -> str:
     """What identifies a vocabulary: "bytes", or the SHA-256 of the SentencePiece model."""
     if vocabulary_file is None:

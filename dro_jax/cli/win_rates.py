@@ -13,7 +13,7 @@ from etils import epath
 
 from dro_jax.cli.generate import Policy, complete
 from dro_jax.cli.judging import load_judge
-from dro_jax.cli.run_folder import make_directory, write_whole
+from dro_jax.cli.run_folder import make_directory
 from dro_jax.data.feedback import FeedbackFile, read_feedback
 from dro_jax.errors import UsageError, check_number
 from dro_jax.evaluation.chat_completions import JudgeUnavailableError
@@ -24,6 +24,7 @@ from dro_jax.evaluation.side_by_side import SCORES
 from dro_jax.training import checkpoints, processes
 from dro_jax.training.algorithms import Needs
 from dro_jax.training.loop import Periods, Scalars
+from dro_jax.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 

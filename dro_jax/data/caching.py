@@ -16,6 +16,7 @@ from etils import epath
 
 from dro_jax.data.packing import Example
 from dro_jax.errors import UsageError
+from dro_jax.whole_files import whole_file, write_whole
 
 TASK = "feedback"
 SPLITS = ("train", "validation")
@@ -91,7 +92,7 @@ def write(
         refuse_differences(folder, _load(unfinished), facts)
     elif writes:
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(unfinished, json.dumps(facts, indent=2).encode())
+        write_whole(unfinished, json.dumps(facts, indent=2))
     done = 0
     files: dict[str, int] = {}
     for split in SPLITS:
@@ -134,7 +135,7 @@ def write(
             (f"info.{split}.json", info),
             (f"stats.{split}.json", {"examples": total}),
         ):
-            _replace(folder / name, json.dumps(content).encode())
+            write_whole(folder / name, json.dumps(content))
             files[name] = (folder / name).stat().length
     if not writes:
         return None
@@ -143,8 +144,8 @@ def write(
         path.unlink()
     manifest = Manifest(facts, counts, files)
     text = json.dumps(dataclasses.asdict(manifest), indent=2)
-    _replace(folder / _MANIFEST, text.encode())
-    _replace(folder / _COMPLETED, b"")
+    write_whole(folder / _MANIFEST, text)
+    write_whole(folder / _COMPLETED, "")
     unfinished.unlink(missing_ok=True)
     return manifest
 
@@ -242,12 +243,10 @@ def _parts(task: seqio.Task, split: str) -> Iterator[list[Example]]:
 def _write_part(
     path: epath.Path, examples: list[Example], scores: Mapping[str, np.ndarray]
 ) -> None:
-    partial = epath.Path(f"{path}.partial")
-    with tf.io.TFRecordWriter(str(partial)) as writer:
+    with whole_file(path) as partial, tf.io.TFRecordWriter(str(partial)) as writer:
         for number, example in enumerate(examples):
             extra = {name: array[number : number + 1] for name, array in scores.items()}
             writer.write(_record({**example, **extra}))
-    partial.replace(path)
 
 
 def _record(example: Example) -> bytes:
@@ -263,11 +262,9 @@ def _record(example: Example) -> bytes:
 
 def _join(shard: epath.Path, pieces: Sequence[epath.Path]) -> None:
     """Makes a shard of its parts: TFRecord files one after the other are one."""
-    partial = epath.Path(f"{shard}.partial")
-    with partial.open("wb") as file:
+    with whole_file(shard) as partial, partial.open("wb") as file:
         for piece in pieces:
             file.write(piece.read_bytes())
-    partial.replace(shard)
     for piece in pieces:
         piece.unlink()
 
@@ -284,10 +281,3 @@ def _load(path: epath.Path) -> Facts:
     if not isinstance(fields, dict):
         raise UsageError(f"{path}: is damaged; {_REMAKE}")
     return fields
-
-
-def _replace(path: epath.Path, content: bytes) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    partial = epath.Path(f"{path}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)

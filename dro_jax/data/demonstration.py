@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from dro_jax.data.feedback import split_of
+from dro_jax.whole_files import write_whole
 
 RATER_SHIFTS = {"ann": -2.0, "bob": -1.0, "cat": -0.5, "dan": 0.5, "eve": 1.0, "fay": 2.0}
 """What each rater adds to every reward, from harsh to mild."""
@@ -112,7 +113,7 @@ def write_demonstration(
         for completion in (choices[index] for index in drawn):
             row = {"prompt": prompt, "completion": completion}
             lines.append(json.dumps({**row, "reward": reward(prompt, completion)}) + "\n")
-    epath.Path(path).write_text("".join(lines))
+    write_whole(path, "".join(lines))
 
 
 def _parts(prompt: str) -> tuple[str, list[str]]:

@@ -26,6 +26,7 @@ from etils import epath
 from dro_jax.data import ultrafeedback
 from dro_jax.data.records import LARGEST_FLOAT32, read_records, shown
 from dro_jax.errors import UsageError, check_choice
+from dro_jax.whole_files import write_whole
 
 Split = Literal["train", "validation"]
 
@@ -125,7 +126,7 @@ class RewardStatistics:
 
     def save_json(self, path: epath.PathLike) -> None:
         """Writes the statistics to `path`; floats survive the round trip exactly."""
-        epath.Path(path).write_text(json.dumps(dataclasses.asdict(self)) + "\n")
+        write_whole(path, json.dumps(dataclasses.asdict(self)) + "\n")
 
     @classmethod
     def load_json(cls, path: epath.PathLike) -> "RewardStatistics":
