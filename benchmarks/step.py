@@ -22,7 +22,9 @@ when the device has done them; programs are compiled before. theirs.py says what
 All of ours are compared with PyTorch's that pads to the longest, runs the reference and leaves transformers its logits
 (the faster of eager and compiled); some of ours with the others, as `BASES` has it. The process keeps its freed memory,
 as `dro_jax` does on CPU: that is worth as much to PyTorch. Where the other library comes next it is given back, and a
-step is made that is not timed.
+step is made that is not timed. On a GPU ours takes up to half of the memory (XLA_PYTHON_CLIENT_MEM_FRACTION) and keeps
+it; where PyTorch's activations do not fit beside that, it works through a batch in parts, in how many is a line of
+the results. With `--sides ours` and `--sides theirs` each has the GPU for itself.
 
 Ours needs neither TensorFlow nor SeqIO; `--sides ours` needs no PyTorch either. The machine should have nothing else to
 do: PyTorch's threads suffer more from others than ours (NOTES.md).
@@ -33,6 +35,7 @@ import dataclasses
 import functools
 import statistics
 from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol
 
 import jax
 import ours
@@ -61,7 +64,15 @@ BASES = {
 }
 """By what PyTorch's do, which of ours are compared with the fastest of them."""
 
-Run = Callable[[Sequence[Batch]], float]
+
+class Trainer(Protocol):
+    """What takes steps: `ours.Trainer` or `theirs.Trainer`."""
+
+    def run(self, batches: Sequence[Batch]) -> float:
+        """Takes a step on each of these batches and returns the seconds that all of them took."""
+
+
+Sides = dict[str, tuple[Trainer, Iterator[Batch]]]
 
 
 def main() -> None:
@@ -85,13 +96,19 @@ def main() -> None:
     if flags.sides != "ours":
         packages += ["torch", "transformers"]
     conditions = machine(packages)
-    config, cut = workloads.configure(flags), workloads.limits(flags)
+    share = 0.5 if flags.sides == "both" else 0.95
+    config, cut = workloads.configure(flags, gpu_share=share), workloads.limits(flags)
     needed = flags.batch * flags.steps * flags.repeats
     examples = workloads.make_examples(needed, cut, config.vocab_size, seed=0)
-    sides = {}
+    sides: Sides = {}
+    give_back = host_memory.give_back_freed_memory
     if flags.sides != "theirs":
         sides |= our_sides(config, examples, flags.batch, cut)
     if flags.sides != "ours":
+        # Ours runs where there is no PyTorch.
+        import theirs
+
+        give_back = theirs.give_back_freed_memory
         sides |= their_sides(
             config,
             examples,
@@ -105,14 +122,15 @@ def main() -> None:
     title = (
         f"a step of DRO-V, T5 {flags.model}, {flags.batch} examples, cut at {flags.lengths} tokens"
     )
-    report(title, conditions, measure(sides, flags.steps, flags.repeats), flags.output)
+    results = measure(sides, flags.steps, flags.repeats, give_back)
+    report(title, conditions, results, flags.output)
 
 
 def our_sides(
     config: T5Config, examples: Sequence[workloads.Example], batch: int, cut: dict[str, int]
-) -> dict[str, tuple[Run, Iterator[Batch]]]:
-    """Returns how our variants take steps, and their batches. They go on with one training."""
-    run = ours.make_trainer(config).run
+) -> Sides:
+    """Returns what takes the steps of our variants, and their batches. They go on with one training."""
+    trainer = ours.make_trainer(config)
     longest = workloads.padded(examples, batch, cut, multiple=ROUNDING)
     maximum = workloads.padded_to(examples, batch, cut)
     batches = (
@@ -121,7 +139,7 @@ def our_sides(
         workloads.padded_to(examples, batch, cut),
         workloads.packed(examples, cut, batch=batch),
     )
-    return {name: (run, some) for name, some in zip(OURS, batches, strict=True)}
+    return {name: (trainer, some) for name, some in zip(OURS, batches, strict=True)}
 
 
 def their_sides(
@@ -132,9 +150,8 @@ def their_sides(
     *,
     compiled: bool,
     attention: str,
-) -> dict[str, tuple[Run, Iterator[Batch]]]:
-    """Returns how PyTorch's variants take steps, and their batches. They go on with one training."""
-    # Ours runs where there is no PyTorch.
+) -> Sides:
+    """Returns what takes the steps of PyTorch's variants, and their batches. They go on with one training."""
     import theirs
 
     device = "cpu" if jax.default_backend() == "cpu" else "cuda"
@@ -152,32 +169,42 @@ def their_sides(
         return workloads.padded(examples, batch, cut, multiple=1 if device == "cpu" else 8)
 
     without = workloads.without_reference
-    sides: dict[str, tuple[Run, Iterator[Batch]]] = {}
+    sides: Sides = {}
     for name, (any_length, one_length) in trainers.items():
         maximum = workloads.padded_to(examples, batch, cut)
         sides |= {
-            f"{name}, to the longest": (any_length.run, map(without, longest())),
-            f"{name}, to the maximum": (one_length.run, map(without, maximum)),
-            f"{name}, cached reference": (any_length.run, longest()),
+            f"{name}, to the longest": (any_length, map(without, longest())),
+            f"{name}, to the maximum": (one_length, map(without, maximum)),
+            f"{name}, cached reference": (any_length, longest()),
         }
     chosen = dataclasses.replace(eager, log_prob=theirs.log_prob_of_targets)
-    sides["PyTorch, logits of targets"] = (chosen.run, map(without, longest()))
-    sides["PyTorch, cached reference and logits of targets"] = (chosen.run, longest())
+    sides["PyTorch, logits of targets"] = (chosen, map(without, longest()))
+    sides["PyTorch, cached reference and logits of targets"] = (chosen, longest())
     return sides
 
 
 def measure(
-    sides: dict[str, tuple[Run, Iterator[Batch]]], steps: int, repeats: int
+    sides: Sides, steps: int, repeats: int, give_back: Callable[[], None]
 ) -> Iterator[Result]:
-    """Lets the sides take turns of so many steps, and compares ours with theirs."""
+    """Lets the sides take turns of so many steps, and compares ours with theirs.
+
+    Args:
+      sides: by name, what takes the steps, and its batches.
+      steps: of a turn.
+      repeats: turns.
+      give_back: called before the other library's turn, so that it finds the memory that this one has freed.
+    """
     turns_of = {}
     shapes = {}
-    for name, (run, batches) in sides.items():
+    for name, (trainer, batches) in sides.items():
         some = list(batches)
         turns_of[name] = [some[first : first + steps] for first in range(0, len(some), steps)]
-        shapes |= {(library(name), run, batch_shape(batch)): batch for batch in some}
-    # Every shape once, a library's largest first: in what it frees its others have room.
-    largest = {key: workloads.count(batch)[2] for key, batch in shapes.items()}
+        shapes |= {
+            (library(name), id(trainer), batch_shape(batch)): (trainer, batch) for batch in some
+        }
+    # Every shape once, a library's largest first: in what it frees its others have room. Ours first: what JAX takes of
+    # a GPU it keeps.
+    order = sorted(shapes, key=lambda key: (key[0] != "ours", -workloads.count(shapes[key][1])[2]))
     last = ""
 
     def comes_anew(side: str) -> bool:
@@ -185,21 +212,22 @@ def measure(
         nonlocal last
         if library(side) == last:
             return False
-        host_memory.give_back_freed_memory()
+        give_back()
         last = library(side)
         return True
 
-    for key in sorted(shapes, key=lambda key: (key[0], -largest[key])):
+    for key in order:
         comes_anew(key[0])
-        key[1]([shapes[key]])
+        trainer, batch = shapes[key]
+        trainer.run([batch])
 
     def take(name: str, turns: Iterator[Sequence[Batch]]) -> float:
         """Returns the seconds of a side's next turn."""
-        run, turn = sides[name][0], next(turns)
+        trainer, turn = sides[name][0], next(turns)
         if comes_anew(name):
             # The room that the other library's buffers had is of no use to this one, and a step finds its own again.
-            run(turn[:1])
-        return run(turn)
+            trainer.run(turn[:1])
+        return trainer.run(turn)
 
     counts, timed = {}, {}
     for name, turns in turns_of.items():
@@ -220,6 +248,8 @@ def measure(
                 for turn, s in zip(counts[name], taken, strict=True)
             ]
             yield result(f"{name}: {what}", "a second", speeds)
+        if library(name) == "PyTorch":
+            yield result(f"{name}: parts of a batch", "a step", [sides[name][0].parts])
     for kind, compared in BASES.items():
         theirs = [
             name for name in sides if name.startswith("PyTorch") and name.endswith(f", {kind}")

@@ -7,7 +7,8 @@ the position bias in its mask, or eager); AdamW, fused, whose update costs less 
 bfloat16 by autocast with float32 weights, the frozen reference in bfloat16 altogether, which is faster than to run it
 as the policy is run and lets the log-ratio begin near 0 and not at it. Logits are of all positions, as trainers of
 preference data have them by default, or of real targets only. Nothing waits for the device within a step, but for the
-choice of those.
+choice of those. A batch whose activations do not fit into a GPU's memory is worked through in two parts, or four, and
+so on, whose gradients add up to the batch's.
 """
 
 import copy
@@ -22,6 +23,7 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
+from dro_jax.cli import host_memory
 from dro_jax.data.packing import Batch
 from dro_jax.networks import T5Config
 
@@ -91,6 +93,7 @@ class Trainer:
       device: where they are.
       bfloat16: whether products are in bfloat16.
       log_prob: the function of that name, the same compiled, or `log_prob_of_targets`.
+      parts: in which a batch is worked through.
     """
 
     policy: nn.Module
@@ -100,27 +103,53 @@ class Trainer:
     device: torch.device
     bfloat16: bool
     log_prob: Callable[[nn.Module, dict[str, Tensor]], Tensor] = log_prob
+    parts: int = 1
 
     def step(self, host: Batch) -> Tensor:
         """Takes a step on a batch of one example a row and returns its loss."""
         batch = self.to_device(host)
-        reference_log_prob = batch.pop("reference_log_probs", None)
-        rewards = batch.pop("rewards")
+        loss = None
+        while loss is None:
+            try:
+                loss = self.accumulate_gradients(batch)
+            except torch.OutOfMemoryError:
+                if self.parts >= len(batch["rewards"]):
+                    raise
+                self.parts *= 2
+            if loss is None:
+                # Only here the tensors of the failure are gone.
+                self.optimizer.zero_grad(set_to_none=True)
+                torch.cuda.empty_cache()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def accumulate_gradients(self, batch: dict[str, Tensor]) -> Tensor:
+        """Adds the gradients of a batch, part by part, and returns its loss."""
+        rows = len(batch["rewards"])
+        losses = []
+        for first in range(0, rows, -(-rows // self.parts)):
+            part = {name: x[first : first + -(-rows // self.parts)] for name, x in batch.items()}
+            loss = self.loss(part) * (len(part["rewards"]) / rows)
+            loss.backward()
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
+
+    def loss(self, batch: dict[str, Tensor]) -> Tensor:
+        """Returns the loss whose gradients are the two of the paper's eq. 4."""
+        rewards, reference_log_prob = batch["rewards"], batch.get("reference_log_probs")
+        # The same names with and without a cached reference, for which nothing is compiled anew.
+        texts = {name: batch[name] for name in ("inputs", "attention_mask", "shifted", "targets")}
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bfloat16):
             if reference_log_prob is None:
                 with torch.no_grad():
-                    reference_log_prob = self.log_prob(self.reference, batch)
-            policy_log_prob = self.log_prob(self.policy, batch)
-            value = self.value(batch["inputs"], batch["attention_mask"])
+                    reference_log_prob = self.log_prob(self.reference, texts)
+            policy_log_prob = self.log_prob(self.policy, texts)
+            value = self.value(texts["inputs"], texts["attention_mask"])
         log_ratio = policy_log_prob - reference_log_prob
-        # The two gradients of the paper's eq. 4, as one sum.
         of_policy = (rewards - value.detach() - TAU * log_ratio).square().mean() / (2 * TAU)
         of_value = (rewards - value - TAU * log_ratio.detach()).square().mean() / 2
-        loss = of_policy + of_value
-        loss.backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return of_policy + of_value
 
     def run(self, batches: Sequence[Batch]) -> float:
         """Takes a step on each of these batches and returns the seconds that all of them took."""
@@ -208,6 +237,13 @@ def make_trainer(config: T5Config, device: str, *, bfloat16: bool, attention: st
         device=on,
         bfloat16=bfloat16,
     )
+
+
+def give_back_freed_memory() -> None:
+    """Gives back what this process and PyTorch keep of freed memory, host's and GPU's, for another library."""
+    host_memory.give_back_freed_memory()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def compiled(trainer: Trainer, *, dynamic: bool) -> Trainer:

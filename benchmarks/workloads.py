@@ -85,12 +85,16 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", help="a JSON file for the results")
 
 
-def configure(flags: argparse.Namespace) -> T5Config:
-    """Chooses JAX's device, keeps freed memory as `dro_jax` does, and returns the model."""
+def configure(flags: argparse.Namespace, *, gpu_share: float = 0.95) -> T5Config:
+    """Chooses JAX's device, keeps freed memory as `dro_jax` does, and returns the model.
+
+    Args:
+      flags: of `add_flags`.
+      gpu_share: how much of a GPU's memory JAX may take, bit by bit, where XLA_PYTHON_CLIENT_MEM_FRACTION is not set.
+    """
     host_memory.keep_freed_memory()
-    # Both sides share the memory of a GPU, of which JAX would take three quarters for itself, and no more.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{gpu_share}")
     if flags.device != "auto":
         jax.config.update("jax_platforms", flags.device)
     changes = {"dtype": flags.dtype}

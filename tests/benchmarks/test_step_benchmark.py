@@ -1,6 +1,7 @@
 """The step's benchmark measures both sides on the same examples, and ours from arrays alone."""
 
 import importlib.util
+import types
 
 import numpy as np
 import pytest
@@ -25,7 +26,11 @@ STEPS = ["--steps=1", "--repeats=2"]
 
 def names(sides):
     shapes = [f"{s}: {what}" for s in sides for what in ("positions", "real tokens among them")]
-    speeds = [f"{s}: {what}" for s in sides for what in ("a step", "examples", "real tokens")]
+    speeds = []
+    for side in sides:
+        of_all = ["a step", "examples", "real tokens"]
+        of_theirs = ["parts of a batch"] if side in THEIRS else []
+        speeds += [f"{side}: {what}" for what in of_all + of_theirs]
     return shapes + speeds
 
 
@@ -72,22 +77,38 @@ def test_every_turn_is_of_the_side_s_own_batches(monkeypatch):
     # A second a row for ours, two for theirs.
     sides = {
         name: (
-            lambda some, name=name, each=each: seen[name].append(some) or each * 2 * len(some),
+            types.SimpleNamespace(
+                run=lambda some, name=name, each=each: (
+                    seen[name].append(some) or each * 2 * len(some)
+                ),
+                parts=3,
+            ),
             iter(batches),
         )
         for each, (name, batches) in enumerate(of_sides.items(), 1)
     }
-    lines = {line.name: line for line in step.measure(sides, steps=2, repeats=2)}
+    given_back = []
+    measured = step.measure(
+        sides, 2, 2, lambda: given_back.append(len(seen["ours, to the maximum"]))
+    )
+    lines = {line.name: line for line in measured}
     for name, batches in of_sides.items():
         shapes = {step.batch_shape(batch) for batch in batches}
         warm, calls = seen[name][: len(shapes)], seen[name][len(shapes) :]
         assert {step.batch_shape(batch) for (batch,) in warm} == shapes
         sizes = [workloads.count(batch)[2] for (batch,) in warm]
         assert sizes == sorted(sizes, reverse=True)
-        # A step that is not timed where the other library was before; ours is the last to compile.
+        # A step that is not timed where the other library was before; ours is the first to compile.
         first, second = batches[:2], batches[2:]
-        before = {"ours": [first, second[:1], second], "PyTorch": [first[:1], first, second]}
+        before = {
+            "ours": [first[:1], first, second[:1], second],
+            "PyTorch": [first[:1], first, second],
+        }
         assert calls == before[step.library(name)]
+    # Each library to compile, then to take turns, the second time in reverse.
+    shapes = len({step.batch_shape(batch) for batch in of_sides["ours, to the maximum"]})
+    assert given_back == [0, shapes, shapes, shapes + 2, shapes + 2]
+    assert lines["PyTorch, to the longest: parts of a batch"].median == 3
     assert lines["ours, to the maximum: examples"].median == 1
     assert lines["PyTorch, to the longest: examples"].median == 0.5
     ratio = lines["ours, to the maximum / PyTorch, to the longest"]
@@ -185,3 +206,57 @@ def test_the_other_side_s_ways_of_a_step_are_one_step(monkeypatch):
         reference = theirs.log_prob(trainer.reference, trainer.to_device(batch)).numpy()
     cached = batch | {"reference_log_probs": reference[:, None]}
     np.testing.assert_allclose(losses(cached), plain, rtol=1e-4)
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"needs the extra `bench`: no {' and no '.join(MISSING)}")
+@pytest.mark.parametrize(("fit", "parts"), [(4, 1), (3, 2), (1, 4)])
+def test_a_batch_that_does_not_fit_into_memory_is_worked_through_in_parts(monkeypatch, fit, parts):
+    import torch
+
+    monkeypatch.syspath_prepend(running.BENCHMARKS)
+    import theirs
+    import workloads
+
+    config, cut = workloads.SHAPES["trial"], {"inputs": 8, "targets": 9}
+    examples = workloads.make_examples(4, cut, config.vocab_size, 0)
+    (batch,) = workloads.padded(examples, 4, cut, multiple=1)
+
+    def of_few(model, some):
+        if len(some["inputs"]) > fit:
+            raise torch.OutOfMemoryError("too many")
+        return theirs.log_prob(model, some)
+
+    plain = theirs.make_trainer(config, "cpu", bfloat16=False, attention="sdpa")
+    in_parts = theirs.make_trainer(config, "cpu", bfloat16=False, attention="sdpa")
+    in_parts.log_prob = of_few
+    for given in (batch, workloads.without_reference(batch)):
+        losses = [float(trainer.step(given)) for trainer in (in_parts, plain)]
+        np.testing.assert_allclose(*losses, rtol=1e-5)
+        weights = [
+            torch.cat([p.flatten() for p in t.policy.parameters()]) for t in (in_parts, plain)
+        ]
+        torch.testing.assert_close(*weights, rtol=1e-4, atol=1e-5)
+    assert in_parts.parts == parts
+    assert plain.parts == 1
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"needs the extra `bench`: no {' and no '.join(MISSING)}")
+def test_one_example_that_does_not_fit_is_an_error(monkeypatch):
+    import torch
+
+    monkeypatch.syspath_prepend(running.BENCHMARKS)
+    import theirs
+    import workloads
+
+    config, cut = workloads.SHAPES["trial"], {"inputs": 8, "targets": 9}
+    (batch,) = workloads.padded(
+        workloads.make_examples(2, cut, config.vocab_size, 0), 2, cut, multiple=1
+    )
+
+    def never(model, some):
+        raise torch.OutOfMemoryError("too much")
+
+    trainer = theirs.make_trainer(config, "cpu", bfloat16=False, attention="sdpa")
+    trainer.log_prob = never
+    with pytest.raises(torch.OutOfMemoryError):
+        trainer.step(batch)
