@@ -159,10 +159,15 @@ def their_sides(
     eager = theirs.make_trainer(config, device, bfloat16=bfloat16, attention=attention)
     trainers = {"PyTorch": (eager, eager)}
     if compiled:
-        trainers["PyTorch, compiled"] = (
-            theirs.compiled(eager, dynamic=True),
-            theirs.compiled(eager, dynamic=False),
-        )
+        pair = (theirs.compiled(eager, dynamic=True), theirs.compiled(eager, dynamic=False))
+        try:
+            for trainer in pair:
+                trainer.run(list(workloads.padded_to(examples[:batch], batch, cut)))
+            trainers["PyTorch, compiled"] = pair
+        except RuntimeError as error:
+            print(
+                f"PyTorch's compiler is left out, it failed: {str(error).strip().splitlines()[0]}"
+            )
 
     def longest() -> Iterator[Batch]:
         # Tensor cores and their kernels want lengths that are multiples.
