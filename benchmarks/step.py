@@ -253,8 +253,9 @@ def measure(
                 for turn, s in zip(counts[name], taken, strict=True)
             ]
             yield result(f"{name}: {what}", "a second", speeds)
-        if library(name) == "PyTorch":
-            yield result(f"{name}: parts of a batch", "a step", [sides[name][0].parts])
+        parts = getattr(sides[name][0], "parts", 1)
+        if parts > 1:
+            yield result(f"{name}: parts of a batch", "a step", [parts])
     for kind, compared in BASES.items():
         theirs = [
             name for name in sides if name.startswith("PyTorch") and name.endswith(f", {kind}")

@@ -26,11 +26,7 @@ STEPS = ["--steps=1", "--repeats=2"]
 
 def names(sides):
     shapes = [f"{s}: {what}" for s in sides for what in ("positions", "real tokens among them")]
-    speeds = []
-    for side in sides:
-        of_all = ["a step", "examples", "real tokens"]
-        of_theirs = ["parts of a batch"] if side in THEIRS else []
-        speeds += [f"{side}: {what}" for what in of_all + of_theirs]
+    speeds = [f"{s}: {what}" for s in sides for what in ("a step", "examples", "real tokens")]
     return shapes + speeds
 
 
