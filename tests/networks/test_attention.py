@@ -179,6 +179,10 @@ def not_there(queries, keys, values, bias, mask):
     raise RuntimeError("cuDNN is not detected.\nand more")
 
 
+def broken(queries, keys, values, bias, mask):
+    raise AssertionError
+
+
 def test_a_stand_in_that_does_the_same_has_no_fault():
     def in_float32(queries, keys, values, bias, mask):
         whole = (x.astype(jnp.float32) for x in (queries, keys, values))
@@ -196,7 +200,8 @@ def test_a_stand_in_that_does_the_same_has_no_fault():
         (without_mask, "sums are off by"),
         (without_gradient_of_the_bias, "gradients of bias are off by"),
         (no_number_where_nothing_is_seen, "sums are off by nan"),
-        (not_there, "cuDNN is not detected."),
+        (not_there, "RuntimeError: cuDNN is not detected."),
+        (broken, "AssertionError:"),
     ],
 )
 def test_a_stand_in_that_does_otherwise_is_found_out(stand_in, fault):
