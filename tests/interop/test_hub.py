@@ -70,7 +70,6 @@ def endpoint():
 
 
 def download(name, endpoint, cache):
-    pytest.importorskip("huggingface_hub")
     code = """
 import sys
 from dro_jax.errors import UsageError

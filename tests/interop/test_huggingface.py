@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
@@ -92,11 +93,10 @@ def test_shards_make_no_difference():
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_is_read_exactly(copied, dtype):
-    safetensors = pytest.importorskip("safetensors.numpy")
     folder = copied("v1_1")
-    arrays = safetensors.load_file(folder / "model.safetensors")
+    arrays = safetensors.numpy.load_file(folder / "model.safetensors")
     halves = {name: array.astype(jnp.dtype(dtype)) for name, array in arrays.items()}
-    safetensors.save_file(halves, folder / "model.safetensors")
+    safetensors.numpy.save_file(halves, folder / "model.safetensors")
     read = arrays_of(folder)
     for ours, theirs in huggingface.parameter_names(CONFIG).items():
         if ours in read and theirs in halves:
@@ -232,23 +232,22 @@ def test_logits_that_are_no_table_s_copy_have_to_be_there(copied):
 
 
 def test_copies_of_the_embedding_have_to_be_copies(copied):
-    safetensors = pytest.importorskip("safetensors.numpy")
     folder = copied("v1_0")
-    arrays = safetensors.load_file(folder / "model.safetensors")
+    arrays = safetensors.numpy.load_file(folder / "model.safetensors")
     before = arrays_of(folder)
     copies = ("encoder.embed_tokens.weight", "decoder.embed_tokens.weight", "lm_head.weight")
     unused = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
     more = arrays | {name: arrays["shared.weight"] for name in copies}
     more[unused] = np.ones((2, 2), np.float32)
-    safetensors.save_file(more, folder / "model.safetensors")
+    safetensors.numpy.save_file(more, folder / "model.safetensors")
     same(before, arrays_of(folder))
     del more["shared.weight"]
-    safetensors.save_file(more, folder / "model.safetensors")
+    safetensors.numpy.save_file(more, folder / "model.safetensors")
     same(before, arrays_of(folder))
     changed = arrays["shared.weight"].copy()
     changed[3, 1] += 1
     for name in copies:
-        safetensors.save_file(arrays | {name: changed}, folder / "model.safetensors")
+        safetensors.numpy.save_file(arrays | {name: changed}, folder / "model.safetensors")
         assert f"{name} is another table than shared.weight" in refusal(folder)
 
 
