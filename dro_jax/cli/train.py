@@ -251,13 +251,11 @@ def train(
             checkpoints.save_policy(directory / REFERENCE, reference, meta)
     else:
         statistics = RewardStatistics.load_json(directory / STATISTICS)
-    meta["reference"] = digest
     hold_against_reference = None
     if jury is not None:
         if reference is None:
-            source, at = checkpoints.find(directory / REFERENCE)
             abstract = layout.abstract().policy
-            reference = checkpoints.restore_policy(source, at, abstract, facts_of_reference(meta))
+            reference = restore_reference(directory, init_checkpoint, digest, abstract, meta)
         hold_against_reference = win_rates.against_reference(
             win_rate,
             jury,
@@ -267,6 +265,7 @@ def train(
             ),
             reference=reference,
         )
+    meta["reference"] = digest
     if not needs.reference or manifest is not None:
         reference = None
     first_step, position = int(state.step), Position()
@@ -487,12 +486,57 @@ def restore(
     if state is not None and (cached or not algorithm.needs.reference):
         return state, None
     if state is not None:
-        source, at = checkpoints.find(directory / REFERENCE)
-    elif init_checkpoint is not None:
-        source, at = checkpoints.find(init_checkpoint)
-    else:
+        digest = checkpoints.read_meta(directory, int(state.step)).get("reference")
+        return state, restore_reference(directory, init_checkpoint, digest, abstract.policy, meta)
+    if init_checkpoint is None:
         return None, None
-    return state, checkpoints.restore_policy(source, at, abstract.policy, model)
+    source, at = checkpoints.find(init_checkpoint)
+    return None, checkpoints.restore_policy(source, at, abstract.policy, model)
+
+
+def restore_reference(
+    directory: epath.Path,
+    init_checkpoint: str | None,
+    digest: str | None,
+    abstract: Any,
+    meta: checkpoints.Meta,
+) -> Any:
+    """The reference of a run that has begun; where its own copy is damaged or gone, that is made again.
+
+    Args:
+      directory: of the run.
+      init_checkpoint: where the run found its reference.
+      digest: `checkpoints.weights_digest` of the reference.
+      abstract: shapes and shardings to restore into.
+      meta: what the reference has to belong to.
+
+    Returns:
+      Its parameters.
+
+    Raises:
+      UsageError: if neither the run nor `init_checkpoint` has them any more.
+    """
+    expected, own = facts_of_reference(meta), directory / REFERENCE
+    begun_with = "give the INIT_CHECKPOINT that the run began with"
+    try:
+        if not checkpoints.steps(own):
+            raise checkpoints.DamagedError(f"{own}: the run's reference is not there any more")
+        source, at = checkpoints.find(own)
+        return checkpoints.restore_policy(source, at, abstract, expected)
+    except checkpoints.DamagedError as error:
+        fault = error
+    if init_checkpoint is None:
+        raise UsageError(f"{fault}: {begun_with}")
+    source, at = checkpoints.find(init_checkpoint)
+    if checkpoints.policy_digest(checkpoints.read_meta(source, at)) != digest:
+        raise UsageError(f"{fault}, and {init_checkpoint} has other weights: {begun_with}")
+    reference = checkpoints.restore_policy(source, at, abstract, expected)
+    copy = checkpoints.path_of(own, 0)
+    if copy.exists():
+        checkpoints.move_aside(copy, fault)
+    logger.warning("%s: was lost, and is copied again from %s", own, init_checkpoint)
+    checkpoints.save_policy(own, reference, meta)
+    return reference
 
 
 def held_out_metrics(algorithm: Algorithm, examples: Examples) -> loop.Scalars:

@@ -234,10 +234,8 @@ def restore_latest(
         except DamagedError as error:
             damaged.append((step, error))
             continue
-        if processes.is_first():
-            for bad, reason in damaged:
-                _move_aside(path_of(directory, bad), reason)
-        processes.wait_for_all("damaged checkpoints are aside")
+        for bad, reason in damaged:
+            move_aside(path_of(directory, bad), reason)
         return TrainState(
             step=jax.device_put(np.int32(step), abstract.step.sharding),
             policy=restored["policy"],
@@ -253,11 +251,14 @@ def restore_latest(
     return None
 
 
-def _move_aside(path: epath.Path, reason: DamagedError) -> None:
-    names = (f"{path.name}.damaged{suffix}" for suffix in ("", *range(2, 1000)))
-    aside = next(place for name in names if not (place := path.parent / name).exists())
-    logger.warning("%s; moved to %s", reason, aside.name)
-    path.rename(aside)
+def move_aside(path: epath.Path, reason: DamagedError) -> None:
+    """Moves a damaged checkpoint to `checkpoint_<step>.damaged`, or the next such name that is free, with a warning."""
+    if processes.is_first():
+        names = (f"{path.name}.damaged{suffix}" for suffix in ("", *range(2, 1000)))
+        aside = next(place for name in names if not (place := path.parent / name).exists())
+        logger.warning("%s; moved to %s", reason, aside.name)
+        path.rename(aside)
+    processes.wait_for_all("a damaged checkpoint is aside")
 
 
 def find(path: epath.PathLike) -> tuple[epath.Path, int]:

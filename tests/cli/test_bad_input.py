@@ -219,6 +219,27 @@ def test_model_dir_with_damaged_checkpoints_only(refused, sft_run, tmp_path, wha
     assert sorted(path.name for path in directory.rglob("*")) == before
 
 
+@pytest.mark.usefixtures("damaged_reads")
+def test_a_reference_that_is_lost_for_good(refused, dro_v_run, sft_run, tmp_path):
+    directory = tmp_path / "run"
+    shutil.copytree(dro_v_run.directory, directory)
+    for path in (directory / "reference" / "checkpoint_0" / "policy").glob("**/d/*"):
+        path.write_bytes(b"")
+    before = sorted(path.name for path in directory.rglob("*"))
+    line = refused(MODEL_DIR=str(directory), may_compile=True)
+    assert line.startswith(f"{directory}/reference/checkpoint_0: damaged")
+    assert line.endswith(": give the INIT_CHECKPOINT that the run began with")
+    older = str(sft_run.directory / "checkpoint_4")
+    line = refused(MODEL_DIR=str(directory), INIT_CHECKPOINT=older, may_compile=True)
+    assert f", and {older} has other weights: give the INIT_CHECKPOINT that the run" in line
+    assert sorted(path.name for path in directory.rglob("*")) == before
+    shutil.rmtree(directory / "reference")
+    line = refused(MODEL_DIR=str(directory), may_compile=True)
+    assert line.startswith(
+        f"{directory}/reference: the run's reference is not there any more: give"
+    )
+
+
 def test_model_dir_under_a_file(refused, tmp_path):
     (tmp_path / "file").write_text("in the way")
     line = refused(MODEL_DIR=str(tmp_path / "file" / "out"))

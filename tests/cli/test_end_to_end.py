@@ -365,6 +365,26 @@ def test_a_damaged_newest_checkpoint_is_passed_over(dro_v_run, sft_run, train, t
     assert sums[0] == sums[1]
 
 
+@pytest.mark.usefixtures("damaged_reads")
+@pytest.mark.parametrize("lost", ["damaged", "gone"])
+def test_a_reference_that_was_lost_is_made_again(dro_v_run, sft_run, train, tmp_path, lost):
+    directory = tmp_path / "out"
+    shutil.copytree(dro_v_run.directory, directory)
+    shutil.rmtree(directory / "checkpoint_6")
+    if lost == "damaged":
+        damage(directory / "reference" / "checkpoint_0")
+    else:
+        shutil.rmtree(directory / "reference")
+    result = train(MODEL_DIR=str(directory), INIT_CHECKPOINT=str(sft_run.directory))
+    assert (result.code, result.err) == (0, "")
+    said = " ".join(result.out.split())
+    assert f"{directory}/reference: was lost, and is copied again from {sft_run.directory}" in said
+    assert (directory / "reference" / "checkpoint_0.damaged").is_dir() == (lost == "damaged")
+    for place, step in (("", 6), ("reference", 0)):
+        metas = [checkpoints.read_meta(d / place, step) for d in (directory, dro_v_run.directory)]
+        assert metas[0] == metas[1]
+
+
 def damage(checkpoint):
     """Flips a byte in the middle of every data file of the policy: some files have parts that nobody reads."""
     for path in (checkpoint / "policy").glob("**/d/*"):
