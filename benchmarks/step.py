@@ -22,9 +22,9 @@ when the device has done them; programs are compiled before. theirs.py says what
 All of ours are compared with PyTorch's that pads to the longest, runs the reference and leaves transformers its logits
 (the faster of eager and compiled); some of ours with the others, as `BASES` has it. The process keeps its freed memory,
 as `dro_jax` does on CPU: that is worth as much to PyTorch. Where the other library comes next it is given back, and a
-step is made that is not timed. On a GPU ours takes up to half of the memory (XLA_PYTHON_CLIENT_MEM_FRACTION) and keeps
-it; where PyTorch's activations do not fit beside that, it works through a batch in parts, in how many is a line of
-the results. With `--sides ours` and `--sides theirs` each has the GPU for itself.
+step is made that is not timed. Of a GPU's memory ours may take half (XLA_PYTHON_CLIENT_MEM_FRACTION) and PyTorch the
+rest but for 5%; where its activations do not fit, it works through a batch in parts, and a line of the results says in
+how many. With `--sides ours` and `--sides theirs` each has the GPU for itself.
 
 Ours needs neither TensorFlow nor SeqIO; `--sides ours` needs no PyTorch either. The machine should have nothing else to
 do: PyTorch's threads suffer more from others than ours (NOTES.md).
@@ -33,8 +33,9 @@ do: PyTorch's threads suffer more from others than ours (NOTES.md).
 import argparse
 import dataclasses
 import functools
+import os
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import jax
@@ -101,14 +102,12 @@ def main() -> None:
     needed = flags.batch * flags.steps * flags.repeats
     examples = workloads.make_examples(needed, cut, config.vocab_size, seed=0)
     sides: Sides = {}
-    give_back = host_memory.give_back_freed_memory
     if flags.sides != "theirs":
         sides |= our_sides(config, examples, flags.batch, cut)
     if flags.sides != "ours":
-        # Ours runs where there is no PyTorch.
-        import theirs
-
-        give_back = theirs.give_back_freed_memory
+        of_gpu = 1.0
+        if flags.sides == "both":
+            of_gpu = 0.95 - float(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"])
         sides |= their_sides(
             config,
             examples,
@@ -116,14 +115,16 @@ def main() -> None:
             cut,
             compiled=flags.compile,
             attention=flags.pytorch_attention,
+            of_gpu=of_gpu,
         )
         conditions["PyTorch's"] = f"AdamW, attention {flags.pytorch_attention}"
+        if flags.compile and not any("compiled" in name for name in sides):
+            conditions["PyTorch's"] += ", its compiler failed"
     conditions |= workloads.conditions(config)
     title = (
         f"a step of DRO-V, T5 {flags.model}, {flags.batch} examples, cut at {flags.lengths} tokens"
     )
-    results = measure(sides, flags.steps, flags.repeats, give_back)
-    report(title, conditions, results, flags.output)
+    report(title, conditions, measure(sides, flags.steps, flags.repeats), flags.output)
 
 
 def our_sides(
@@ -150,24 +151,30 @@ def their_sides(
     *,
     compiled: bool,
     attention: str,
+    of_gpu: float,
 ) -> Sides:
     """Returns what takes the steps of PyTorch's variants, and their batches. They go on with one training."""
+    # Ours runs where there is no PyTorch.
     import theirs
+    import torch
 
     device = "cpu" if jax.default_backend() == "cpu" else "cuda"
+    if device == "cuda":
+        torch.cuda.set_per_process_memory_fraction(of_gpu)
     bfloat16 = config.compute_dtype == jax.numpy.bfloat16
     eager = theirs.make_trainer(config, device, bfloat16=bfloat16, attention=attention)
     trainers = {"PyTorch": (eager, eager)}
     if compiled:
         pair = (theirs.compiled(eager, dynamic=True), theirs.compiled(eager, dynamic=False))
+        first = workloads.padded_to(examples[:batch], batch, cut)
         try:
-            for trainer in pair:
-                trainer.run(list(workloads.padded_to(examples[:batch], batch, cut)))
+            for some in map(workloads.without_reference, first):
+                for trainer in pair:
+                    trainer.run([some])
             trainers["PyTorch, compiled"] = pair
         except RuntimeError as error:
-            print(
-                f"PyTorch's compiler is left out, it failed: {str(error).strip().splitlines()[0]}"
-            )
+            eager.optimizer.zero_grad()
+            print("PyTorch's compiler is left out, it failed:", " ".join(str(error).split())[:300])
 
     def longest() -> Iterator[Batch]:
         # Tensor cores and their kernels want lengths that are multiples.
@@ -182,23 +189,14 @@ def their_sides(
             f"{name}, to the maximum": (one_length, map(without, maximum)),
             f"{name}, cached reference": (any_length, longest()),
         }
-    chosen = dataclasses.replace(eager, log_prob=theirs.log_prob_of_targets)
+    chosen = dataclasses.replace(eager, log_prob=theirs.log_prob_of_targets, at_once={})
     sides["PyTorch, logits of targets"] = (chosen, map(without, longest()))
     sides["PyTorch, cached reference and logits of targets"] = (chosen, longest())
     return sides
 
 
-def measure(
-    sides: Sides, steps: int, repeats: int, give_back: Callable[[], None]
-) -> Iterator[Result]:
-    """Lets the sides take turns of so many steps, and compares ours with theirs.
-
-    Args:
-      sides: by name, what takes the steps, and its batches.
-      steps: of a turn.
-      repeats: turns.
-      give_back: called before the other library's turn, so that it finds the memory that this one has freed.
-    """
+def measure(sides: Sides, steps: int, repeats: int) -> Iterator[Result]:
+    """Lets the sides take turns of so many steps, and compares ours with theirs."""
     turns_of = {}
     shapes = {}
     for name, (trainer, batches) in sides.items():
@@ -207,8 +205,7 @@ def measure(
         shapes |= {
             (library(name), id(trainer), batch_shape(batch)): (trainer, batch) for batch in some
         }
-    # Every shape once, a library's largest first: in what it frees its others have room. Ours first: what JAX takes of
-    # a GPU it keeps.
+    # Every shape once, a library's largest first: in what it frees its others have room.
     order = sorted(shapes, key=lambda key: (key[0] != "ours", -workloads.count(shapes[key][1])[2]))
     last = ""
 
@@ -217,14 +214,14 @@ def measure(
         nonlocal last
         if library(side) == last:
             return False
-        give_back()
+        host_memory.give_back_freed_memory()
         last = library(side)
         return True
 
     for key in order:
-        comes_anew(key[0])
         trainer, batch = shapes[key]
-        trainer.run([batch])
+        # The first step ends with making the optimiser's state, beside which the second has to fit.
+        trainer.run([batch, batch] if comes_anew(key[0]) else [batch])
 
     def take(name: str, turns: Iterator[Sequence[Batch]]) -> float:
         """Returns the seconds of a side's next turn."""
@@ -253,9 +250,11 @@ def measure(
                 for turn, s in zip(counts[name], taken, strict=True)
             ]
             yield result(f"{name}: {what}", "a second", speeds)
-        parts = getattr(sides[name][0], "parts", 1)
-        if parts > 1:
-            yield result(f"{name}: parts of a batch", "a step", [parts])
+        if library(name) == "PyTorch":
+            trainer, turns = sides[name][0], turns_of[name]
+            parts = [trainer.parts(batch) for turn in turns for batch in turn]
+            if max(parts) > 1:
+                yield result(f"{name}: parts of a batch", "a step", parts)
     for kind, compared in BASES.items():
         theirs = [
             name for name in sides if name.startswith("PyTorch") and name.endswith(f", {kind}")

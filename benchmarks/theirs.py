@@ -8,11 +8,12 @@ bfloat16 by autocast with float32 weights, the frozen reference in bfloat16 alto
 as the policy is run and lets the log-ratio begin near 0 and not at it. Logits are of all positions, as trainers of
 preference data have them by default, or of real targets only. Nothing waits for the device within a step, but for the
 choice of those. A batch whose activations do not fit into a GPU's memory is worked through in two parts, or four, and
-so on, whose gradients add up to the batch's.
+so on, whose gradients add up to the batch's; batches of other lengths are not.
 """
 
 import copy
 import dataclasses
+import gc
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -23,7 +24,6 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
-from dro_jax.cli import host_memory
 from dro_jax.data.packing import Batch
 from dro_jax.networks import T5Config
 
@@ -93,7 +93,7 @@ class Trainer:
       device: where they are.
       bfloat16: whether products are in bfloat16.
       log_prob: the function of that name, the same compiled, or `log_prob_of_targets`.
-      parts: in which a batch is worked through.
+      at_once: the most rows that fit into memory, where those of a batch did not, by the batch's lengths.
     """
 
     policy: nn.Module
@@ -103,33 +103,41 @@ class Trainer:
     device: torch.device
     bfloat16: bool
     log_prob: Callable[[nn.Module, dict[str, Tensor]], Tensor] = log_prob
-    parts: int = 1
+    at_once: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)
 
     def step(self, host: Batch) -> Tensor:
         """Takes a step on a batch of one example a row and returns its loss."""
         batch = self.to_device(host)
+        lengths = lengths_of(host)
         loss = None
         while loss is None:
+            some = self.at_once.get(lengths, len(batch["rewards"]))
             try:
-                loss = self.accumulate_gradients(batch)
+                loss = self.accumulate_gradients(batch, some)
             except torch.OutOfMemoryError:
-                if self.parts >= len(batch["rewards"]):
+                if some == 1:
                     raise
-                self.parts *= 2
+                self.at_once[lengths] = -(-some // 2)
             if loss is None:
                 # Only here the tensors of the failure are gone.
                 self.optimizer.zero_grad(set_to_none=True)
+                gc.collect()
                 torch.cuda.empty_cache()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss
 
-    def accumulate_gradients(self, batch: dict[str, Tensor]) -> Tensor:
-        """Adds the gradients of a batch, part by part, and returns its loss."""
+    def parts(self, host: Batch) -> int:
+        """Returns in how many parts a batch is worked through."""
+        rows = len(host["rewards"])
+        return -(-rows // self.at_once.get(lengths_of(host), rows))
+
+    def accumulate_gradients(self, batch: dict[str, Tensor], at_once: int) -> Tensor:
+        """Adds the gradients of a batch, so many rows at once, and returns its loss."""
         rows = len(batch["rewards"])
         losses = []
-        for first in range(0, rows, -(-rows // self.parts)):
-            part = {name: x[first : first + -(-rows // self.parts)] for name, x in batch.items()}
+        for first in range(0, rows, at_once):
+            part = {name: x[first : first + at_once] for name, x in batch.items()}
             loss = self.loss(part) * (len(part["rewards"]) / rows)
             loss.backward()
             losses.append(loss.detach())
@@ -186,6 +194,11 @@ class Trainer:
         return batch
 
 
+def lengths_of(batch: Batch) -> tuple[int, int]:
+    """Returns the lengths of a batch's rows, encoder's and decoder's."""
+    return batch["encoder_input_tokens"].shape[1], batch["decoder_input_tokens"].shape[1]
+
+
 def make_trainer(config: T5Config, device: str, *, bfloat16: bool, attention: str) -> Trainer:
     """Returns a training from random weights of our model's shape.
 
@@ -239,13 +252,6 @@ def make_trainer(config: T5Config, device: str, *, bfloat16: bool, attention: st
     )
 
 
-def give_back_freed_memory() -> None:
-    """Gives back what this process and PyTorch keep of freed memory, host's and GPU's, for another library."""
-    host_memory.give_back_freed_memory()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
 def compiled(trainer: Trainer, *, dynamic: bool) -> Trainer:
     """Returns the same training with its networks and their losses compiled, for any lengths or for one."""
     # Beyond the limit it would go on without a compiler and say nothing.
@@ -254,4 +260,5 @@ def compiled(trainer: Trainer, *, dynamic: bool) -> Trainer:
         trainer,
         value=torch.compile(trainer.value, dynamic=dynamic, fullgraph=True),
         log_prob=torch.compile(log_prob, dynamic=dynamic, fullgraph=True),
+        at_once={},
     )

@@ -88,7 +88,7 @@ def load_policy(checkpoint: str, partitioning: Partitioning = ROWS_APART) -> Pol
 def model_of(meta: checkpoints.Meta) -> T5Config:
     """The model that a checkpoint's facts describe."""
     return T5Config(
-        **meta["model"] | {"mlp_activations": tuple(meta["model"]["mlp_activations"])},
+        **meta["model"],
         dtype=meta["dtype"],
         reserved_entry=meta["reserved_entry"],
     )

@@ -146,7 +146,8 @@ def train(
       UsageError: for anything wrong with files or settings, before anything is written or a network compiled.
       DivergenceError: for a loss or gradient that is not finite.
     """
-    # 1. Everything a person can have got wrong, before anything is written or a network compiled.
+    # 1. Everything a person can have got wrong, before anything is written (but in place of what is damaged) or a
+    # network compiled.
     mesh = rules.mesh()
 
     def check() -> RunData:
@@ -468,7 +469,7 @@ def restore(
       directory: of the run; its newest whole checkpoint is the state.
       layout: of the state.
       algorithm: whether it has a reference.
-      init_checkpoint: where a run without a checkpoint finds its reference.
+      init_checkpoint: where a run finds its reference that has not begun, or has lost its own copy.
       meta: what the checkpoints have to belong to.
       cached: whether the data bring the reference's log-probabilities, so that only a start needs it.
 
@@ -515,24 +516,31 @@ def restore_reference(
 
     Raises:
       UsageError: if neither the run nor `init_checkpoint` has them any more.
+      SaveError: if the copy cannot be written.
     """
     expected, own = facts_of_reference(meta), directory / REFERENCE
-    begun_with = "give the INIT_CHECKPOINT that the run began with"
-    try:
-        if not checkpoints.steps(own):
-            raise checkpoints.DamagedError(f"{own}: the run's reference is not there any more")
+    advice = "give the INIT_CHECKPOINT that the run began with, or choose another MODEL_DIR"
+    fault = f"{own}: the run's reference is not there any more"
+    if checkpoints.steps(own):
         source, at = checkpoints.find(own)
-        return checkpoints.restore_policy(source, at, abstract, expected)
-    except checkpoints.DamagedError as error:
-        fault = error
+        try:
+            return checkpoints.restore_policy(source, at, abstract, expected)
+        except checkpoints.DamagedError as error:
+            # Its text alone: with its frames it would keep the damaged arrays.
+            fault = str(error)
     if init_checkpoint is None:
-        raise UsageError(f"{fault}: {begun_with}")
-    source, at = checkpoints.find(init_checkpoint)
-    if checkpoints.policy_digest(checkpoints.read_meta(source, at)) != digest:
-        raise UsageError(f"{fault}, and {init_checkpoint} has other weights: {begun_with}")
+        raise UsageError(f"{fault}: {advice}")
+    try:
+        source, at = checkpoints.find(init_checkpoint)
+        has_its_weights = checkpoints.policy_digest(checkpoints.read_meta(source, at)) == digest
+    except UsageError as error:
+        raise UsageError(f"{fault}, and {error}") from error
+    if not has_its_weights:
+        path = checkpoints.path_of(source, at)
+        raise UsageError(f"{fault}, and {path} has other weights: {advice}")
     reference = checkpoints.restore_policy(source, at, abstract, expected)
     copy = checkpoints.path_of(own, 0)
-    if copy.exists():
+    if processes.is_first() and copy.exists():
         checkpoints.move_aside(copy, fault)
     logger.warning("%s: was lost, and is copied again from %s", own, init_checkpoint)
     checkpoints.save_policy(own, reference, meta)

@@ -97,13 +97,16 @@ class T5Config:
 
     def __post_init__(self) -> None:
         """Raises UsageError for sizes that are none and names that are unknown."""
+        # JSON and gin files may give a list, which has no hash.
+        if isinstance(self.mlp_activations, list):
+            object.__setattr__(self, "mlp_activations", tuple(self.mlp_activations))
         for field in dataclasses.fields(self):
             if field.type is int:
                 check_number(
                     f"T5Config.{field.name}", getattr(self, field.name), whole=True, at_least=1
                 )
         check_choice(
-            "T5Config.mlp_activations", tuple(self.mlp_activations), (("gelu", "linear"), ("relu",))
+            "T5Config.mlp_activations", self.mlp_activations, (("gelu", "linear"), ("relu",))
         )
         check_choice("T5Config.dtype", self.dtype, ("auto", "float32", "bfloat16"))
         check_choice("T5Config.remat", self.remat, tuple(_REMAT))

@@ -223,7 +223,8 @@ def restore_latest(
     Raises:
       UsageError: if a checkpoint belongs to something else, or if none of them is whole.
     """
-    damaged: list[tuple[int, DamagedError]] = []
+    # Of an error its text alone: with its frames it would keep the damaged arrays.
+    damaged: list[tuple[int, str]] = []
     found = steps(directory)
     for step in reversed(found):
         path = path_of(directory, step)
@@ -232,10 +233,12 @@ def restore_latest(
             check_meta(path, meta, expected)
             restored = _restore_checked(path, _items(abstract), meta)
         except DamagedError as error:
-            damaged.append((step, error))
+            damaged.append((step, str(error)))
             continue
-        for bad, reason in damaged:
-            move_aside(path_of(directory, bad), reason)
+        if processes.is_first():
+            for bad, reason in damaged:
+                move_aside(path_of(directory, bad), reason)
+        processes.wait_for_all("damaged checkpoints are aside")
         return TrainState(
             step=jax.device_put(np.int32(step), abstract.step.sharding),
             policy=restored["policy"],
@@ -251,14 +254,12 @@ def restore_latest(
     return None
 
 
-def move_aside(path: epath.Path, reason: DamagedError) -> None:
+def move_aside(path: epath.Path, reason: str) -> None:
     """Moves a damaged checkpoint to `checkpoint_<step>.damaged`, or the next such name that is free, with a warning."""
-    if processes.is_first():
-        names = (f"{path.name}.damaged{suffix}" for suffix in ("", *range(2, 1000)))
-        aside = next(place for name in names if not (place := path.parent / name).exists())
-        logger.warning("%s; moved to %s", reason, aside.name)
-        path.rename(aside)
-    processes.wait_for_all("a damaged checkpoint is aside")
+    names = (f"{path.name}.damaged{suffix}" for suffix in ("", *range(2, 1000)))
+    aside = next(place for name in names if not (place := path.parent / name).exists())
+    logger.warning("%s; moved to %s", reason, aside.name)
+    path.rename(aside)
 
 
 def find(path: epath.PathLike) -> tuple[epath.Path, int]:

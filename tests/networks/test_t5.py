@@ -138,6 +138,12 @@ def attend_to_itself(attention: Attention, x: jax.Array) -> jax.Array:
     return attention(x, *attention.keys_values(x), bias=None, mask=mask)
 
 
+def test_a_list_of_activations_is_as_good_as_a_tuple():
+    sizes = dict.fromkeys(("num_encoder_layers", "num_decoder_layers"), 1) | SIZES
+    configs = {T5Config(mlp_activations=given, **sizes) for given in (["relu"], ("relu",))}
+    assert [config.mlp_activations for config in configs] == [("relu",)]
+
+
 def test_initial_scales_are_t5x_ones():
     config = T5Config(64, 64, 4, 16, 128, num_encoder_layers=1, num_decoder_layers=1)
     x = jnp.ones((1, 2, 64))
