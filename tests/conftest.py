@@ -23,3 +23,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 import jax
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are processors: many tests wait for processes, a few for a timeout."""
+    return (os.cpu_count() or 1) + 1
