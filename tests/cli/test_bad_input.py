@@ -228,7 +228,8 @@ def test_a_reference_that_is_lost_for_good(refused, dro_v_run, sft_run, tmp_path
     before = sorted(path.name for path in directory.rglob("*"))
     line = refused(MODEL_DIR=str(directory), may_compile=True)
     assert line.startswith(f"{directory}/reference/checkpoint_0: damaged")
-    assert line.endswith(": give the INIT_CHECKPOINT that the run began with")
+    advice = ": give the INIT_CHECKPOINT that the run began with, or choose another MODEL_DIR"
+    assert line.endswith(advice)
     older = str(sft_run.directory / "checkpoint_4")
     line = refused(MODEL_DIR=str(directory), INIT_CHECKPOINT=older, may_compile=True)
     assert f", and {older} has other weights: give the INIT_CHECKPOINT that the run" in line

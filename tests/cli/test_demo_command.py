@@ -1,4 +1,4 @@
-"""`dro_jax demo` as a whole, on a tenth of its prompts and with its trainings cut to a few steps."""
+"""`dro_jax demo` as a whole, on a tenth of its prompts, with a smaller model and trainings of a few steps."""
 
 import json
 
@@ -22,12 +22,16 @@ NUMBERS = {
 
 @pytest.fixture
 def short_demo(command, monkeypatch):
-    """The command, with two steps of SFT and of the algorithm, and every tenth prompt."""
+    """The command, with two steps of SFT and of the algorithm, one layer a stack, and every tenth prompt."""
     original, some = demo.train_from, demonstration.prompts()[::10]
+    shorter = {
+        "TRAIN_STEPS": 2,
+        "BATCH_SIZE": 8,
+        "t5.T5Config.num_encoder_layers": 1,
+        "t5.T5Config.num_decoder_layers": 1,
+    }
     monkeypatch.setattr(
-        demo,
-        "train_from",
-        lambda files, **macros: original(files, TRAIN_STEPS=2, BATCH_SIZE=8, **macros),
+        demo, "train_from", lambda files, **macros: original(files, **shorter, **macros)
     )
     monkeypatch.setattr(demonstration, "prompts", lambda: some)
     return command

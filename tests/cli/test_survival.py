@@ -17,6 +17,13 @@ from dro_jax.cli import generate
 from dro_jax.training import checkpoints
 
 
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    work = tmp_path_factory.mktemp("work")
+    write_feedback(work / "feedback.jsonl")
+    return work
+
+
 def test_four_kills_leave_the_run_that_nobody_killed(tmp_path):
     undisturbed, killed = kill_repeatedly(tmp_path, kills=4, seed=3)
     assert undisturbed == killed
@@ -25,11 +32,10 @@ def test_four_kills_leave_the_run_that_nobody_killed(tmp_path):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a disk of its own takes root to mount")
-def test_a_read_only_or_full_disk_is_one_line_and_the_older_checkpoint_goes_on(tmp_path):
-    write_feedback(tmp_path / "feedback.jsonl")
+def test_a_read_only_or_full_disk_is_one_line_and_the_older_checkpoint_goes_on(tmp_path, work):
     disk, script = tmp_path / "disk", tmp_path / "script.sh"
     disk.mkdir()
-    program = command(disk / "run", tmp_path / "feedback.jsonl")
+    program = command(disk / "run", work / "feedback.jsonl")
     # Room for a few checkpoints, of which twelve are kept; then for all.
     script.write_text(
         f'mount -t tmpfs -o size=4M,ro tmpfs "{disk}"\n'
@@ -39,7 +45,7 @@ def test_a_read_only_or_full_disk_is_one_line_and_the_older_checkpoint_goes_on(t
         f'mount -o remount,size=100M "{disk}"; "$@" && echo $? >> "$0.codes"; cp -r "{disk}" "{tmp_path}/kept"\n'
     )
     subprocess.run(
-        ["unshare", "-m", "sh", str(script), *program], env=environment(tmp_path), check=True
+        ["unshare", "-m", "sh", str(script), *program], env=environment(work), check=True
     )
     assert Path(f"{script}.codes").read_text().split() == ["2", "1", "0"]
     message = "cannot be written (Read-only file system); choose another folder"
@@ -150,13 +156,6 @@ def rows(folder: Path) -> list[str]:
         for path in folder.parent.glob(f"{folder.name}.rows.*")
         for row in path.read_text().splitlines()
     ]
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    work = tmp_path_factory.mktemp("work")
-    write_feedback(work / "feedback.jsonl")
-    return work
 
 
 def test_one_then_two_then_one_process_are_given_what_one_alone_is(work):
