@@ -309,12 +309,15 @@ def log_ratios(
         for prompt, completion in zip(prompts, completions, strict=True)
     ]
     sharding = partitioning.batch_sharding(policy.mesh, policy.rules)
-    log_prob = make_log_prob(policy.config, policy.mesh, policy.rules)
 
     def log_ratios_of(batch: Batch) -> np.ndarray:
         arrays = loop.to_devices(batch, sharding)
+        # Each by its own shape: a reference that a person named may be another model.
         of_policy, of_reference = (
-            np.asarray(log_prob(which.params, arrays), np.float64) for which in (policy, reference)
+            np.asarray(
+                make_log_prob(each.config, each.mesh, each.rules)(each.params, arrays), np.float64
+            )
+            for each in (policy, reference)
         )
         return of_policy - of_reference
 

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from clu import metric_writers
 from etils import epath
+from flax.core import meta
 
 from dro_jax.cli import answers, compare, generate
 from dro_jax.cli.generate import Completion
@@ -209,6 +210,19 @@ def test_log_ratios_by_hand(dro_v_run, sft_run):
     ]
     np.testing.assert_allclose(got, expected, atol=2e-5)
     assert np.abs(expected).min() > 1e-4
+
+
+def test_log_ratios_to_a_reference_of_another_shape(dro_v_run):
+    policy = generate.load_policy(str(dro_v_run.directory))
+    config = dataclasses.replace(policy.config, num_encoder_layers=2, mlp_dim=8)
+    tokens = np.ones((1, 2), np.int32)
+    params = meta.unbox(T5(config).init(jax.random.key(1), tokens, tokens)["params"])
+    reference = dataclasses.replace(policy, config=config, params=params)
+    target = np.array([100, 35, 101, 1], np.int32)
+    (got,) = answers.log_ratios(policy, reference, ["bob: a"], [Completion("", target)], 8)
+    expected = log_prob(policy, "bob: a", target) - log_prob(reference, "bob: a", target)
+    np.testing.assert_allclose(got, expected, atol=2e-5)
+    assert abs(expected) > 1e-2
 
 
 def test_three_policies_one_of_them_a_file_and_one_a_reference(compared, dro_v_run, place):
