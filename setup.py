@@ -54,7 +54,7 @@ EXTRAS = {
     # What T5X asks for beside the above; itself is on no package registry: see requirements-t5x.txt.
     "t5x": ["fiddle", "cached_property", "jaxtyping", "grain"],
     # The PyTorch side of the benchmarks.
-    "bench": ["torch", "transformers>=5"],
+    "bench": ["torch", "transformers>=5.17"],
 }
 
 setup(

@@ -87,8 +87,9 @@ def main() -> None:
     )
     flags = parser.parse_args()
     conditions = machine(["jax", "jaxlib", "flax", "optax", "numpy"])
-    config, devices = apart(described, flags)
-    conditions |= workloads.conditions(config) | {"devices": str(devices)}
+    config, found = apart(described, flags)
+    devices = int(found["devices"])
+    conditions |= found
     title = f"a step of DRO-V as it grows, around T5 {flags.model}, {flags.batch} rows of {flags.lengths}"
     as_it_is = Size(config, flags.batch, workloads.limits(flags))
     grown = sizes(as_it_is, flags.grow, devices)
@@ -101,12 +102,15 @@ def apart(function: Callable[..., T], *inputs: object) -> T:
         return process.submit(function, *inputs).result()
 
 
-def described(flags: argparse.Namespace) -> tuple[T5Config, int]:
-    """Returns the model, its compute type that of the devices, and how many of these there are."""
+def described(flags: argparse.Namespace) -> tuple[T5Config, dict[str, str]]:
+    """Returns the model, its compute type and attention those of the devices, and the conditions.
+
+    Asked apart: a process that has seen a GPU keeps its memory from those that measure.
+    """
     config = workloads.configure(flags)
-    return dataclasses.replace(
-        config, dtype=jnp.dtype(config.compute_dtype).name
-    ), jax.device_count()
+    conditions = workloads.conditions(config) | {"devices": str(jax.device_count())}
+    dtype = jnp.dtype(config.compute_dtype).name
+    return dataclasses.replace(config, dtype=dtype, attention=conditions["attention"]), conditions
 
 
 def sizes(as_it_is: Size, grow: Collection[str], devices: int) -> dict[str, Size]:

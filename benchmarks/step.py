@@ -2,18 +2,19 @@
 
     pip install -e '.[bench]'
     python benchmarks/step.py --output step.json                                   # two CPU cores
-    python benchmarks/step.py --model large --batch 32 --lengths 512/512 --steps 5 --compile    # a GPU
+    python benchmarks/step.py --model large --batch 32 --lengths 512/512 --steps 5 --repeats 3    # a GPU
 
 A step trains on the same examples on every side, of real lengths (see workloads.py), and the sides take turns, so that
 what else the machine does falls on all. A turn is some whole steps, from NumPy batches to updated weights, and ends
 when the device has done them; programs are compiled before. theirs.py says what the other side is.
 
 - ours, like for like: one example a row, the reference in the step, rows as long as the batch's longest, rounded up
-  so that there are few programs to compile.
+  so that there are few programs to compile, which on a GPU take minutes each: to a multiple of 32 tokens on CPU and of
+  256 elsewhere.
 - ours, to the maximum: the same, but all rows as long as `--lengths`, as `dro_jax train` without packing has them.
 - ours, cached reference: to the maximum, but the batches carry the reference's log-probabilities.
-- ours, packed and cached: as `dro_jax train` with both, in as many rows of `--lengths` as the step's examples need.
-  Training packs more examples than a step's at once, so its rows are somewhat fuller.
+- ours, packed and cached: as `dro_jax train` with both, in as many rows of `--lengths` as the step's examples need, on
+  a GPU rounded up to a multiple of 4. Training packs more examples than a step's at once, so its rows are fuller.
 - PyTorch, to the longest and to the maximum: one example a row, padded to the longest of its batch or to `--lengths`.
 - PyTorch, cached reference: to the longest, without a pass of the reference.
 - PyTorch, logits of targets: to the longest, choosing the positions that have a target before the vocabulary, as ours
@@ -24,7 +25,8 @@ All of ours are compared with PyTorch's that pads to the longest, runs the refer
 as `dro_jax` does on CPU: that is worth as much to PyTorch. Where the other library comes next it is given back, and a
 step is made that is not timed. Of a GPU's memory ours may take half (XLA_PYTHON_CLIENT_MEM_FRACTION) and PyTorch the
 rest but for 5%; where its activations do not fit, it works through a batch in parts, and a line of the results says in
-how many. With `--sides ours` and `--sides theirs` each has the GPU for itself.
+how many. With `--sides ours` and `--sides theirs` each has the GPU for itself. Turns are printed as they are taken, to
+standard error; with JAX_COMPILATION_CACHE_DIR set a second call finds the programs of the first.
 
 Ours needs neither TensorFlow nor SeqIO; `--sides ours` needs no PyTorch either. The machine should have nothing else to
 do: PyTorch's threads suffer more from others than ours (NOTES.md).
@@ -35,6 +37,7 @@ import dataclasses
 import functools
 import os
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
@@ -46,9 +49,6 @@ from measure import Result, in_turns, machine, report, result
 from dro_jax.cli import host_memory
 from dro_jax.data.packing import Batch
 from dro_jax.networks import T5Config
-
-ROUNDING = 32
-"""Our rows that are as long as their longest are a multiple of so many tokens."""
 
 OURS = (
     "ours, like for like",
@@ -97,30 +97,24 @@ def main() -> None:
     if flags.sides != "ours":
         packages += ["torch", "transformers"]
     conditions = machine(packages)
+    if flags.sides == "theirs":
+        # Only batches are made by JAX.
+        jax.config.update("jax_platforms", "cpu")
     share = 0.5 if flags.sides == "both" else 0.95
     config, cut = workloads.configure(flags, gpu_share=share), workloads.limits(flags)
     needed = flags.batch * flags.steps * flags.repeats
     examples = workloads.make_examples(needed, cut, config.vocab_size, seed=0)
     sides: Sides = {}
     if flags.sides != "theirs":
+        conditions |= workloads.conditions(config)
         sides |= our_sides(config, examples, flags.batch, cut)
     if flags.sides != "ours":
         of_gpu = 1.0
         if flags.sides == "both":
             of_gpu = 0.95 - float(os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"])
-        sides |= their_sides(
-            config,
-            examples,
-            flags.batch,
-            cut,
-            compiled=flags.compile,
-            attention=flags.pytorch_attention,
-            of_gpu=of_gpu,
-        )
-        conditions["PyTorch's"] = f"AdamW, attention {flags.pytorch_attention}"
-        if flags.compile and not any("compiled" in name for name in sides):
-            conditions["PyTorch's"] += ", its compiler failed"
-    conditions |= workloads.conditions(config)
+        found, described = their_sides(config, examples, cut, flags, of_gpu=of_gpu)
+        sides |= found
+        conditions |= described
     title = (
         f"a step of DRO-V, T5 {flags.model}, {flags.batch} examples, cut at {flags.lengths} tokens"
     )
@@ -132,13 +126,14 @@ def our_sides(
 ) -> Sides:
     """Returns what takes the steps of our variants, and their batches. They go on with one training."""
     trainer = ours.make_trainer(config)
-    longest = workloads.padded(examples, batch, cut, multiple=ROUNDING)
+    tokens, rows = (32, 1) if jax.default_backend() == "cpu" else (256, 4)
+    longest = workloads.padded(examples, batch, cut, multiple=tokens)
     maximum = workloads.padded_to(examples, batch, cut)
     batches = (
         map(workloads.without_reference, longest),
         map(workloads.without_reference, maximum),
         workloads.padded_to(examples, batch, cut),
-        workloads.packed(examples, cut, batch=batch),
+        workloads.packed(examples, cut, batch=batch, multiple=rows),
     )
     return {name: (trainer, some) for name, some in zip(OURS, batches, strict=True)}
 
@@ -146,25 +141,36 @@ def our_sides(
 def their_sides(
     config: T5Config,
     examples: Sequence[workloads.Example],
-    batch: int,
     cut: dict[str, int],
+    flags: argparse.Namespace,
     *,
-    compiled: bool,
-    attention: str,
     of_gpu: float,
-) -> Sides:
-    """Returns what takes the steps of PyTorch's variants, and their batches. They go on with one training."""
+) -> tuple[Sides, dict[str, str]]:
+    """Returns what takes the steps of PyTorch's variants and their batches, and the conditions.
+
+    They go on with one training, on a GPU unless ours has none; `of_gpu` is the share of its memory that they may take.
+    """
     # Ours runs where there is no PyTorch.
     import theirs
     import torch
 
-    device = "cpu" if jax.default_backend() == "cpu" else "cuda"
-    if device == "cuda":
+    batch = flags.batch
+    on_gpu = flags.device != "cpu" and torch.cuda.is_available()
+    if flags.sides == "both":
+        on_gpu = jax.default_backend() != "cpu"
+    device, name = ("cuda", torch.cuda.get_device_name()) if on_gpu else ("cpu", "cpu")
+    bfloat16 = on_gpu if flags.dtype == "auto" else flags.dtype == "bfloat16"
+    conditions = {
+        "PyTorch's": f"{name}, {'bfloat16' if bfloat16 else 'float32'}, AdamW, "
+        f"attention {flags.pytorch_attention}"
+    }
+    if on_gpu:
         torch.cuda.set_per_process_memory_fraction(of_gpu)
-    bfloat16 = config.compute_dtype == jax.numpy.bfloat16
-    eager = theirs.make_trainer(config, device, bfloat16=bfloat16, attention=attention)
+    eager = theirs.make_trainer(
+        config, device, bfloat16=bfloat16, attention=flags.pytorch_attention
+    )
     trainers = {"PyTorch": (eager, eager)}
-    if compiled:
+    if flags.compile:
         pair = (theirs.compiled(eager, dynamic=True), theirs.compiled(eager, dynamic=False))
         first = workloads.padded_to(examples[:batch], batch, cut)
         try:
@@ -172,13 +178,15 @@ def their_sides(
                 for trainer in pair:
                     trainer.run([some])
             trainers["PyTorch, compiled"] = pair
-        except RuntimeError as error:
+        # Its compiler's errors have no class of their own.
+        except Exception as error:
             eager.optimizer.zero_grad()
             print("PyTorch's compiler is left out, it failed:", " ".join(str(error).split())[:300])
+            conditions["PyTorch's"] += ", its compiler failed"
 
     def longest() -> Iterator[Batch]:
         # Tensor cores and their kernels want lengths that are multiples.
-        return workloads.padded(examples, batch, cut, multiple=1 if device == "cpu" else 8)
+        return workloads.padded(examples, batch, cut, multiple=8 if on_gpu else 1)
 
     without = workloads.without_reference
     sides: Sides = {}
@@ -192,7 +200,7 @@ def their_sides(
     chosen = dataclasses.replace(eager, log_prob=theirs.log_prob_of_targets, at_once={})
     sides["PyTorch, logits of targets"] = (chosen, map(without, longest()))
     sides["PyTorch, cached reference and logits of targets"] = (chosen, longest())
-    return sides
+    return sides, conditions
 
 
 def measure(sides: Sides, steps: int, repeats: int) -> Iterator[Result]:
@@ -229,7 +237,9 @@ def measure(sides: Sides, steps: int, repeats: int) -> Iterator[Result]:
         if comes_anew(name):
             # The room that the other library's buffers had is of no use to this one, and a step finds its own again.
             trainer.run(turn[:1])
-        return trainer.run(turn)
+        seconds = trainer.run(turn)
+        print(f"{name}: {seconds:.4g} s", file=sys.stderr, flush=True)
+        return seconds
 
     counts, timed = {}, {}
     for name, turns in turns_of.items():

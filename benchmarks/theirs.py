@@ -13,6 +13,7 @@ so on, whose gradients add up to the batch's; batches of other lengths are not.
 
 import copy
 import dataclasses
+import functools
 import gc
 import os
 import time
@@ -241,6 +242,8 @@ def make_trainer(config: T5Config, device: str, *, bfloat16: bool, attention: st
     reference = copy.deepcopy(policy).eval().requires_grad_(False)
     if bfloat16:
         reference = reference.to(torch.bfloat16)
+    for model in (policy, value, reference):
+        lay_out_bias(model)
     trained = [*policy.parameters(), *value.parameters()]
     return Trainer(
         policy=policy.train(),
@@ -252,10 +255,27 @@ def make_trainer(config: T5Config, device: str, *, bfloat16: bool, attention: st
     )
 
 
+def lay_out_bias(model: nn.Module) -> None:
+    """Has position biases [1, H, T, S] lie in memory as SDPA's fused kernels want them, keys side by side.
+
+    transformers 5.17 gives its own, whose heads are side by side, to SDPA as it is, which takes a slow kernel then.
+    """
+
+    def laid_out(compute: Callable[..., Tensor], *inputs: object, **options: object) -> Tensor:
+        return compute(*inputs, **options).contiguous()
+
+    for module in model.modules():
+        if getattr(module, "has_relative_attention_bias", False):
+            module.compute_bias = functools.partial(laid_out, module.compute_bias)
+
+
 def compiled(trainer: Trainer, *, dynamic: bool) -> Trainer:
     """Returns the same training with its networks and their losses compiled, for any lengths or for one."""
-    # Beyond the limit it would go on without a compiler and say nothing.
+    # Beyond the limit it would go on without a compiler and say nothing; the default, 8, is near with two trainings.
     torch._dynamo.config.fail_on_recompile_limit_hit = True
+    torch._dynamo.config.recompile_limit = 64
+    # Lengths that happen to be equal at first are not taken to be one.
+    torch.fx.experimental._config.use_duck_shape = False
     return dataclasses.replace(
         trainer,
         value=torch.compile(trainer.value, dynamic=dynamic, fullgraph=True),

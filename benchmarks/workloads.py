@@ -90,10 +90,9 @@ def configure(flags: argparse.Namespace, *, gpu_share: float = 0.95) -> T5Config
 
     Args:
       flags: of `add_flags`.
-      gpu_share: how much of a GPU's memory JAX may take, bit by bit, where XLA_PYTHON_CLIENT_MEM_FRACTION is not set.
+      gpu_share: how much of a GPU's memory JAX takes, at once, where XLA_PYTHON_CLIENT_MEM_FRACTION is not set.
     """
     host_memory.keep_freed_memory()
-    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", f"{gpu_share}")
     if flags.device != "auto":
         jax.config.update("jax_platforms", flags.device)
@@ -195,14 +194,16 @@ def packed_rows(examples: Sequence[Example], lengths: dict[str, int]) -> list[li
     return rows
 
 
-def packed(examples: Sequence[Example], lengths: dict[str, int], *, batch: int) -> Iterator[Batch]:
-    """Yields batches of so many examples, in as many packed rows as they need."""
+def packed(
+    examples: Sequence[Example], lengths: dict[str, int], *, batch: int, multiple: int
+) -> Iterator[Batch]:
+    """Yields batches of so many examples, in as many packed rows as they need, rounded up to a multiple."""
     for first in range(0, len(examples) - batch + 1, batch):
         some = examples[first : first + batch]
-        rows = pack(text_lengths(some), list(lengths.values()), MAX_EXAMPLES)
-        yield fill_rows(
-            [[some[i] for i in row] for row in rows], lengths=lengths, max_examples=MAX_EXAMPLES
-        )
+        found = pack(text_lengths(some), list(lengths.values()), MAX_EXAMPLES)
+        rows = [[some[i] for i in row] for row in found]
+        rows += [[]] * (-len(rows) % multiple)
+        yield fill_rows(rows, lengths=lengths, max_examples=MAX_EXAMPLES)
 
 
 def without_reference(batch: Batch) -> Batch:

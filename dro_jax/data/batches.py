@@ -41,7 +41,7 @@ def train_batches(
     """Returns an endless iterator over shuffled batches of the training split, made ahead in a thread.
 
     Every epoch shows each example exactly once, in an order of its own that follows from the seed;
-    a batch may span two epochs. Shapes and dtypes are design.md's batch contract.
+    a batch may span two epochs. Its arrays are those of `packing.fill_rows`.
 
     A task with `prompt_ids` gives pairs, which are not packed: rows 2i and 2i + 1 are two completions of
     one prompt, other ones in every epoch. A completion that is left over sits that epoch out. The

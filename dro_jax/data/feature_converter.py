@@ -16,7 +16,7 @@ _PACKING_FEATURES = ("decoder_segment_ids", "decoder_positions")
 
 
 class FeedbackFeatureConverter(seqio.EncDecFeatureConverter):
-    """T5's encoder-decoder features, with numbers for each example of a row: design.md's batch contract.
+    """T5's encoder-decoder features, with numbers for each example of a row: what `packing.fill_rows` makes.
 
     From `inputs`, `targets` and `rewards` of lengths Ti, To and N: `encoder_input_tokens` [Ti],
     `decoder_target_tokens`, `decoder_input_tokens` (the targets shifted right behind a 0) and

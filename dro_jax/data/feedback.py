@@ -74,7 +74,7 @@ class FeedbackFile:
     """
 
     path: str
-    validation_fraction: float = 0.05
+    validation_fraction: float = 0.1
     skip_bad_rows: bool = False
     max_unusable_fraction: float = 0.05
     top_fraction: float = 1.0

@@ -119,7 +119,7 @@ def score_examples(
 def fill_rows(
     rows: Sequence[Sequence[Example]], *, lengths: Mapping[str, int], max_examples: int
 ) -> Batch:
-    """Builds the batch contract's arrays of some rows.
+    """Builds a batch, the arrays that every network and loss here takes, from the examples of its rows.
 
     Args:
         rows: the examples of each row, in the order of its segments: `inputs`, `targets` (and
@@ -129,7 +129,11 @@ def fill_rows(
         max_examples: N, slots a row has; 1 gives rows without segment ids.
 
     Returns:
-        Arrays [rows, length] int32 and [rows, N] float32, 0 where nothing is.
+        int32 [rows, length]: encoder_input_tokens, decoder_target_tokens, decoder_input_tokens (the targets
+        shifted right behind a 0 where an example starts) and decoder_loss_weights (1 at tokens); packed
+        also encoder_ and decoder_segment_ids (a row's k-th example is k + 1) and _positions. Of other prompts'
+        completions, mismatched_decoder_ and so on. float32 [rows, N]: rewards, reward_weights (1 where there
+        is an example), and any other number. The names are T5X's; all is 0 where nothing is.
     """
     names = sorted(next(row[0] for row in rows if row))
     batch: Batch = {"reward_weights": np.zeros((len(rows), max_examples), np.float32)}

@@ -32,8 +32,8 @@ class Periods:
     """
 
     log: int = 50
-    evaluate: int = 1000
-    checkpoint: int = 1000
+    evaluate: int = 2000
+    checkpoint: int = 2000
 
     def __post_init__(self) -> None:
         """Raises UsageError unless all are whole numbers of steps."""

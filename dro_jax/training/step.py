@@ -27,8 +27,7 @@ def sequence_log_prob(config: T5Config, policy: Any, batch: Batch) -> Array:
     Args:
       config: the T5's shape.
       policy: its parameters.
-      batch: the batch contract (shared names with T5X): encoder_input_tokens [B, Ti], decoder_input_tokens,
-        decoder_target_tokens, decoder_loss_weights [B, To], rewards [B, N]; segment ids when packed.
+      batch: arrays of B rows of N examples, as of `dro_jax.data.packing.fill_rows`.
 
     Returns:
       float32 [B, N], nats.
@@ -47,8 +46,7 @@ def example_arrays(
       params: {"policy": tree, "value": tree}.
       reference: parameters of pi_ref; None when the batch carries reference_log_probs (and
         mismatched_reference_log_probs, where the method needs them) or none is needed.
-      batch: the batch contract; for methods with mismatched responses also their
-        mismatched_decoder_input_tokens, _target_tokens and _loss_weights.
+      batch: as of `sequence_log_prob`; with mismatched responses for methods that need them.
 
     Returns:
       Arrays [B, N], differentiable in `params` and not in `reference`.
@@ -117,7 +115,7 @@ def loss_and_gradients(
       algorithm: the method.
       params: {"policy": tree, "value": tree}.
       reference: as of `example_arrays`.
-      batch: the batch contract.
+      batch: as of `example_arrays`.
       microbatches: parts of the batch whose gradients are computed one after the other, so that the activations
         of one part are in memory. The results are the batch's own: where an example's gradient depends on
         more of the batch than the loss's total weight, a forward pass over all parts comes first.

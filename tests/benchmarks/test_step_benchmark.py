@@ -253,3 +253,48 @@ def test_one_example_that_does_not_fit_is_an_error(monkeypatch):
     trainer.log_prob = never
     with pytest.raises(torch.OutOfMemoryError):
         trainer.step(batch)
+
+
+@pytest.mark.skipif(bool(MISSING), reason=f"needs the extra `bench`: no {' and no '.join(MISSING)}")
+def test_fused_attention_can_read_every_bias(monkeypatch):
+    import torch
+
+    monkeypatch.syspath_prepend(running.BENCHMARKS)
+    import theirs
+    import workloads
+
+    config, cut = workloads.SHAPES["trial"], {"inputs": 8, "targets": 9}
+    (batch,) = workloads.padded(
+        workloads.make_examples(2, cut, config.vocab_size, 0), 2, cut, multiple=1
+    )
+    trainer = theirs.make_trainer(config, "cpu", bfloat16=False, attention="sdpa")
+    masks = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def seen(*inputs, attn_mask=None, **options):
+        masks.append(attn_mask)
+        return attend(*inputs, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", seen)
+    trainer.step(workloads.without_reference(batch))
+    # Policy and reference attend three times, the value network's encoder once.
+    assert len(masks) == 7
+    assert all(mask.stride(-1) == 1 for mask in masks)
+
+
+def test_packed_rows_are_filled_up_with_empty_ones(monkeypatch):
+    monkeypatch.syspath_prepend(running.BENCHMARKS)
+    import workloads
+
+    cut = {"inputs": 8, "targets": 8}
+    examples = workloads.make_examples(10, cut, 64, 0)
+    plain, even = (
+        list(workloads.packed(examples, cut, batch=5, multiple=multiple)) for multiple in (1, 4)
+    )
+    for some, filled in zip(plain, even, strict=True):
+        rows = len(some["rewards"])
+        assert rows % 4
+        assert len(filled["rewards"]) == -(-rows // 4) * 4
+        for name, array in some.items():
+            np.testing.assert_array_equal(filled[name][:rows], array)
+            assert not filled[name][rows:].any()

@@ -62,7 +62,7 @@ def test_every_example_is_in_one_row_of_each_kind_of_batch(workloads):
     kinds = {
         "longest": list(workloads.padded(examples, 8, CUT, multiple=32)),
         "maximum": list(workloads.padded_to(examples, 8, CUT)),
-        "packed": list(workloads.packed(examples, CUT, batch=8)),
+        "packed": list(workloads.packed(examples, CUT, batch=8, multiple=1)),
     }
     rewards = sorted(float(example["rewards"][0]) for example in examples)
     tokens = sum(len(e["inputs"]) + len(e["targets"]) for e in examples)
@@ -82,7 +82,7 @@ def test_every_example_is_in_one_row_of_each_kind_of_batch(workloads):
 def test_a_packed_batch_holds_the_examples_of_the_padded_one(workloads):
     examples = workloads.make_examples(96, CUT, 384, seed=0)
     padded = list(workloads.padded_to(examples, 32, CUT))
-    packed = list(workloads.packed(examples, CUT, batch=32))
+    packed = list(workloads.packed(examples, CUT, batch=32, multiple=1))
     assert len(packed) == len(padded) == 3
     for rows, alone in zip(packed, padded, strict=True):
         found = rows["rewards"][rows["reward_weights"] > 0]

@@ -245,6 +245,51 @@ def test_a_killed_caching_goes_on_where_it_was(cache_made, both, monkeypatch, tm
     assert manifest["counts"]["overlong"]["completions"] == 0
 
 
+def test_a_cache_that_seqio_made_is_trained_from(both, feedback_file, watching, tmp_path):
+    """The files of `seqio_cache_tasks` for README's one line, written as Beam would: it is not in the test extra."""
+    import seqio
+    import tensorflow as tf
+
+    from dro_jax.data.feedback import FeedbackFile
+    from dro_jax.data.tasks import register_feedback_task
+
+    task = register_feedback_task("of_seqio", FeedbackFile(str(feedback_file)))
+    seqio.TaskRegistry.remove("of_seqio")
+    folder = tmp_path / "cache" / "feedback"
+    folder.mkdir(parents=True)
+    for split in task.splits:
+        source = task.source.get_dataset(split, shuffle=False)
+        rows = list(task.preprocess_precache(source).as_numpy_iterator())
+        kinds = {
+            name: {"dtype": np.asarray(value).dtype.name, "shape": [None] * np.ndim(value)}
+            for name, value in rows[0].items()
+        }
+        info = {"features": kinds, "num_shards": 1, "seqio_version": seqio.__version__}
+        (folder / f"info.{split}.json").write_text(json.dumps(info))
+        (folder / f"stats.{split}.json").write_text(json.dumps({"examples": len(rows)}))
+        with tf.io.TFRecordWriter(str(folder / f"{split}.tfrecord-00000-of-00001")) as file:
+            for row in rows:
+                file.write(seqio.dict_to_tfexample(row).SerializeToString())
+    (folder / "COMPLETED").write_text("COMPLETED")
+    settings = {"feedback__FeedbackFile__validation_fraction": None}
+    batches = []
+    for name, cache in (("cached", str(tmp_path / "cache")), ("plain", None)):
+        with watching() as seen:
+            result = both("train", CACHE_DIR=cache, MODEL_DIR=str(tmp_path / name), **settings)
+        assert (result.code, result.err) == (0, "")
+        batches.append(seen)
+    for cached, plain in zip(*batches, strict=True):
+        assert cached.keys() == plain.keys()
+        for name, array in plain.items():
+            np.testing.assert_array_equal(cached[name], array)
+    refused = both("train", MODEL_DIR=str(tmp_path / "other"))
+    assert refused.code == 2
+    assert "but the feedback file" in refused.err
+    refused = both("train", "kto", MODEL_DIR=str(tmp_path / "other"), **settings)
+    assert refused.code == 2
+    assert "has no mismatched_targets, which this method takes" in refused.err
+
+
 def test_a_cache_is_seqios(cache_made, feedback_file):
     """SeqIO reads it by itself, by the task's name and the folder."""
     import seqio

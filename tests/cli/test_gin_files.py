@@ -155,7 +155,7 @@ PAPER_RATES = {"tenth": 1e-5, "half": 5e-5, "fivefold": 5e-4}
 
 @pytest.mark.parametrize(("size", "steps"), [("t5_large", 40000), ("t5_xl", 20000)])
 def test_full_size_experiments_are_the_paper_s(size, steps):
-    """shared/paper.md's set-up, and each arm differs from dro_v.gin or kto.gin in what it is named after only."""
+    """The paper's set-up, and each arm differs from dro_v.gin or kto.gin in what it is named after only."""
     names = [name for name in RUNS if name.startswith(f"experiments/{size}/")]
     assert len(names) == (16 if size == "t5_large" else 2)
     for name in names:
@@ -210,6 +210,15 @@ def test_the_demo_and_its_gin_files_agree(names):
     arguments = check_run()
     assert arguments["feedback"].validation_fraction == demo.VALIDATION_FRACTION
     assert getattr(arguments["algorithm"], "tau", demo.TAU) == demo.TAU
+
+
+@pytest.mark.parametrize("name", ["feedback", "optimizer", "periods", "rules", "win_rate"])
+def test_defaults_are_the_same_in_gin_and_in_python(name):
+    configuration.load([BASE, "models/tiny.gin", "algorithms/dro_v.gin"], REQUIRED)
+    bound = gin.get_bindings(train_module.train)[name]
+    for field in dataclasses.fields(bound):
+        if field.default is not dataclasses.MISSING:
+            assert getattr(bound, field.name) == field.default, field.name
 
 
 def test_a_later_binding_wins():

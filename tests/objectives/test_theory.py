@@ -92,7 +92,7 @@ class TestTheorem1:
             log_policy, value, loss = descend(*start, problem, self.TAU)
             assert loss < 1e-12
             assert np.max(np.abs(log_policy - log_optimum)) > 0.1
-            # design.md: all the data fix is V up to the mass that the policy has on their answers.
+            # All that the data fix is V up to the mass that the policy has on their answers.
             seen_mass = np.exp(log_policy[:, 1:]).sum(-1)
             seen_tilt = (problem["reference"] * np.exp(problem["reward"] / self.TAU))[:, 1:].sum(-1)
             np.testing.assert_allclose(value, self.TAU * np.log(seen_tilt / seen_mass), atol=1e-5)
