@@ -170,6 +170,31 @@ def test_initial_scales_are_t5x_ones():
         assert abs(np.mean(params[path])) < 0.3 * deviation, path
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_gradient_of_a_token_that_comes_often_is_the_sum_of_all(dtype):
+    config = T5Config(
+        vocab_size=7, emb_dim=5, num_heads=1, head_dim=2, mlp_dim=2, num_encoder_layers=1,
+        num_decoder_layers=1, dtype=dtype,
+    )  # fmt: skip
+    rng = np.random.default_rng(0)
+    tokens = np.where(rng.random((8, 2048)) < 0.5, 1, rng.integers(0, 6, (8, 2048)))
+    cotangents = jnp.asarray(rng.normal(0.1, 1, (8, 2048, 5)), config.compute_dtype)
+    table = jnp.asarray(rng.normal(size=(7, 5)), jnp.float32)
+    embed = Embedding(config)
+
+    def total(table, tokens, cotangents):
+        looked_up = embed.apply({"params": {"embedding": table}}, tokens)
+        return jnp.sum(looked_up * cotangents, dtype=jnp.float32)
+
+    found = jax.jit(jax.grad(total))(table, tokens, cotangents)
+    assert found.dtype == jnp.float32
+    expected = np.zeros((7, 5))
+    np.add.at(expected, tokens, np.asarray(cotangents, np.float64))
+    # Bfloat16 has 8 bits; added up in it the most frequent token's would be 80% too small.
+    np.testing.assert_allclose(found, expected, rtol={"float32": 1e-4, "bfloat16": 2**-8}[dtype])
+    assert not found[6].any()
+
+
 def exact_bucket(relative: int, bidirectional: bool, buckets: int, max_distance: int) -> int:
     """The definition in whole numbers: no logarithm, so nothing to round at a bucket's edge."""
     offset = 0
