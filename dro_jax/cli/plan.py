@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from rich.table import Table
 
 from dro_jax.cli import configuration, train
@@ -60,15 +60,21 @@ class Run:
     optimizer: Adafactor
     rules: partitioning.Partitioning
 
+    def mesh(self, devices: Sequence[jax.Device]) -> Mesh:
+        """Its mesh on these devices. Raises UsageError for a mesh or batch that does not fit them."""
+        mesh, work = self.rules.mesh(devices), self.work
+        partitioning.check_batch_size(
+            work.rows, mesh, self.rules, work.microbatches, pairs=work.needs.pairs
+        )
+        return mesh
+
     def layout(self, devices: Sequence[jax.Device]) -> train_state.Layout:
-        """Where its state lies on these devices. Raises UsageError for a mesh or batch that does not fit them."""
-        mesh = self.rules.mesh(devices)
-        partitioning.check_batch_size(self.work.rows, mesh, self.rules, self.work.microbatches)
+        """Where its state lies on these devices. Raises UsageError as `mesh`."""
         return train_state.make_layout(
             self.work.config,
             self.optimizer.transforms(),
             has_value=self.work.needs.value == "network",
-            mesh=mesh,
+            mesh=self.mesh(devices),
             rules=self.rules,
         )
 
@@ -335,8 +341,7 @@ def find_change(run: Run, machine: Machine, layout: train_state.Layout, scale: f
 
 def _on_other_mesh(layout: train_state.Layout, run: Run, count: int) -> train_state.Layout:
     """The layout of a run on so many chips, from one on others: to make one takes seconds."""
-    mesh = run.rules.mesh(_stand_ins(count))
-    partitioning.check_batch_size(run.work.rows, mesh, run.rules, run.work.microbatches)
+    mesh = run.mesh(_stand_ins(count))
     shardings = jax.tree.map(lambda old: NamedSharding(mesh, old.spec), layout.shardings)
     return dataclasses.replace(layout, mesh=mesh, shardings=shardings)
 

@@ -95,15 +95,21 @@ class Partitioning:
 
 
 def check_batch_size(
-    batch_size: int, mesh: Mesh, partitioning: Partitioning, microbatches: int = 1
+    batch_size: int,
+    mesh: Mesh,
+    partitioning: Partitioning,
+    microbatches: int = 1,
+    *,
+    pairs: bool = False,
 ) -> None:
-    """Raises UsageError unless the rows of a microbatch divide evenly over the mesh."""
+    """Raises UsageError unless the rows of a microbatch divide evenly over the mesh, and into pairs if asked."""
     check_number("MICROBATCHES", microbatches, whole=True, at_least=1)
     axes = _axes_of_rows(partitioning.rules)
     shards = row_shards(mesh, partitioning.rules)
-    unit = shards * microbatches
+    unit = math.lcm(shards, 2 if pairs else 1) * microbatches
     if not isinstance(batch_size, int) or batch_size < 1 or batch_size % unit:
-        of = f" in {microbatches} microbatches" if microbatches > 1 else ""
+        of = " of pairs" if pairs else ""
+        of += f" in {microbatches} microbatches" if microbatches > 1 else ""
         raise UsageError(
             f"BATCH_SIZE {batch_size!r} does not divide into {shards} data shards "
             f"(mesh axes {' x '.join(axes) or 'none'}){of}: "

@@ -140,7 +140,13 @@ def test_a_vocabulary_that_leaves_no_entry_for_the_value_is_refused(run, tmp_pat
 def test_pairs_want_even_batches_and_prompts_with_two_completions(run, tmp_path):
     odd, _ = run("ipo", BATCH_SIZE=7, **ONE_DEVICE)
     assert odd.code == 2
-    assert "BATCH_SIZE is 7: this method takes completions two by two; give an even" in odd.err
+    assert "of pairs: choose a multiple of 2" in odd.err
+    halves, _ = run("ipo", BATCH_SIZE=6, MICROBATCHES=2, **ONE_DEVICE)
+    assert halves.code == 2
+    assert (
+        "1 data shards (mesh axes data x fsdp) of pairs in 2 microbatches: choose a multiple of 4"
+        in halves.err
+    )
     packed, _ = run("ipo", MAX_EXAMPLES=4)
     assert packed.code == 2
     assert "MAX_EXAMPLES is 4: this method takes completions two by two, which" in packed.err
