@@ -121,6 +121,7 @@ def run() -> None:
             score=score,
             scored=scored,
             writes=processes.is_first(),
+            of_writer=processes.of_first,
             progress=lambda done: progress.update(progress.task_ids[0], completed=done),
         )
     if manifest is not None:

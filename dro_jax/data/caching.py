@@ -5,6 +5,7 @@ and a manifest: what the cache was made from and for, and the size of every shar
 """
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -59,6 +60,7 @@ def write(
     score: Score | None,
     scored: Sequence[str],
     writes: bool = True,
+    of_writer: Callable[[Callable[[], str]], str] = lambda work: work(),
     progress: Callable[[int], None] = lambda done: None,
 ) -> Manifest | None:
     """Writes a task's cache, going on after the last whole part of an earlier call.
@@ -72,6 +74,8 @@ def write(
             [examples] by feature name; None where nothing is.
         scored: the names of these features.
         writes: whether this is the process that writes; of several that score together the others write nothing.
+        of_writer: gives every process what a function says, or raises, in the one that writes: that one alone knows
+            for certain what is there.
         progress: takes the number of examples done, those of an earlier call included.
 
     Returns:
@@ -81,18 +85,26 @@ def write(
         UsageError: the folder holds another cache, or the rows are not as many as they were.
     """
     folder = epath.Path(directory) / TASK
-    if (folder / _COMPLETED).exists():
-        found = read_manifest(directory)
-        if found is None:
-            raise UsageError(f"{folder}: is a cache of seqio_cache_tasks; choose another folder")
-        refuse_differences(folder, found.facts, facts)
-        return found
     unfinished = folder / _UNFINISHED
-    if unfinished.exists():
-        refuse_differences(folder, _load(unfinished), facts)
-    elif writes:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_whole(unfinished, json.dumps(facts, indent=2))
+
+    def begin() -> str:
+        if (folder / _COMPLETED).exists():
+            found = read_manifest(directory)
+            if found is None:
+                raise UsageError(
+                    f"{folder}: is a cache of seqio_cache_tasks; choose another folder"
+                )
+            refuse_differences(folder, found.facts, facts)
+            return "completed"
+        if unfinished.exists():
+            refuse_differences(folder, _load(unfinished), facts)
+        else:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_whole(unfinished, json.dumps(facts, indent=2))
+        return ""
+
+    if of_writer(begin):
+        return read_manifest(directory) if writes else None
     done = 0
     files: dict[str, int] = {}
     for split in SPLITS:
@@ -110,8 +122,7 @@ def write(
                 if examples:
                     features = {name: _described(array) for name, array in examples[0].items()}
                 pieces.append(epath.Path(f"{shard}.part-{piece:05d}"))
-                # Asked before the part is scored, so that all processes find the same.
-                if not shard.exists() and not pieces[-1].exists():
+                if not of_writer(functools.partial(_first_there, shard, pieces[-1])):
                     scores = score(examples) if score else {}
                     if writes:
                         _write_part(pieces[-1], examples, scores)
@@ -225,6 +236,11 @@ def _has_scores(folder: epath.Path) -> bool:
     """Whether the examples hold what only `write` puts there."""
     features = _load(folder / "info.train.json").get("features", {})
     return any(name.endswith("reference_log_probs") for name in features)
+
+
+def _first_there(*paths: epath.Path) -> str:
+    """The name of the first that is there, "" where none is."""
+    return next((path.name for path in paths if path.exists()), "")
 
 
 def _parts(task: seqio.Task, split: str) -> Iterator[list[Example]]:
