@@ -5,10 +5,9 @@ import logging
 from collections.abc import Mapping
 
 import seqio
-from etils import epath
 
 from dro_jax.cli.run_folder import vocabulary_digest
-from dro_jax.data import caching
+from dro_jax.data import caching, records
 from dro_jax.data.feedback import FeedbackFile, FeedbackSummary, RewardStatistics, summarise
 from dro_jax.data.tasks import OverlongCounts, count_overlong
 from dro_jax.data.vocabulary import check_vocabulary_fits, load_vocabulary
@@ -59,9 +58,7 @@ def read_data(
     check_vocabulary_fits(vocabulary, model.vocab_size, reserved_entry=model.reserved_entry)
     manifest = None if cache_dir is None else caching.read_manifest(cache_dir)
     # A cache serves without its file, but not for another one.
-    of_file = (
-        summarise(feedback) if manifest is None or epath.Path(feedback.path).exists() else None
-    )
+    of_file = summarise(feedback) if manifest is None or records.exist(feedback.path) else None
     if manifest is not None:
         summary, overlong = summaries_of_cache(manifest)
     else:
@@ -155,10 +152,6 @@ def check_pairs(needs: Needs, batch_size: int, max_examples: int, summary: Feedb
         raise UsageError(
             f"MAX_EXAMPLES is {max_examples}: this method takes completions two by two, which are not packed; "
             "give 1"
-        )
-    if needs.pairs and batch_size % 2:
-        raise UsageError(
-            f"BATCH_SIZE is {batch_size}: this method takes completions two by two; give an even number"
         )
     if needs.pairs and not summary.train_pairs:
         raise UsageError(

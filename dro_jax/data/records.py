@@ -61,6 +61,16 @@ def paths(pattern: str) -> list[str]:
     return found
 
 
+def exist(pattern: str) -> bool:
+    """Whether there is something to read: files that the pattern names, or a prepared TFDS dataset."""
+    try:
+        if pattern.startswith(TFDS_PREFIX):
+            return next(read_records(pattern), None) is not None
+        return all(epath.Path(path).exists() for path in paths(pattern))
+    except UsageError:
+        return False
+
+
 def read_records(pattern: str) -> Iterator[Record]:
     """Yields the records of all files of a pattern, in order and in constant memory. Blank lines are none.
 

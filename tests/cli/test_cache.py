@@ -1,5 +1,6 @@
 """`dro_jax cache`: training from it is training without it, and what does not fit it is refused."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from tensorboard.util.tensor_util import make_ndarray
 
 from dro_jax.cli import generate
 from dro_jax.data import caching
+from dro_jax.data.feedback import RewardStatistics
 from dro_jax.training import checkpoints
 
 LENGTHS = {"inputs": 40, "targets": 24}
@@ -198,6 +200,9 @@ def test_a_cache_is_of_its_rows(cache_made, both, feedback_file, tmp_path):
         result = both(subcommand, FEEDBACK_FILE=str(other))
         assert result.code == 2
         assert "the cache was made with another rows '" in result.err
+    result = both("train", FEEDBACK_FILE=str(tmp_path / "oth*.jsonl"))
+    assert result.code == 2
+    assert "the cache was made with another rows '" in result.err
     # A cache serves when the file is gone, or elsewhere with the same rows.
     elsewhere = tmp_path / "elsewhere.jsonl"
     elsewhere.write_text("".join(lines))
@@ -243,6 +248,56 @@ def test_a_killed_caching_goes_on_where_it_was(cache_made, both, monkeypatch, tm
     manifest = json.loads(ours["manifest.json"])
     assert manifest["counts"]["summary"]["rows"] == 60
     assert manifest["counts"]["overlong"]["completions"] == 0
+
+
+def test_of_several_processes_the_writer_s_view_decides_what_is_scored(cache_made, tmp_path):
+    """Scoring takes all of them: one that sees other files, or none, must not score other parts."""
+    from dro_jax.data.feedback import FeedbackFile
+    from dro_jax.data.tasks import feedback_task
+    from dro_jax.data.vocabulary import load_vocabulary
+
+    rows = [{"prompt": f"p{i}", "completion": "c", "reward": i % 2} for i in range(40)]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    feedback = FeedbackFile(str(file), validation_fraction=0.0)
+    said = []
+
+    def call(process, **arguments):
+        task = feedback_task(
+            feedback,
+            vocabulary=load_vocabulary(None),
+            statistics=RewardStatistics(0.5, 0.5),
+            num_input_examples={"train": 40, "validation": 0},
+        )
+        scored = []
+
+        def score(examples):
+            scored.append(len(examples))
+            if process == "killed" and len(scored) == 3:
+                raise KeyboardInterrupt
+            return {"reference_log_probs": np.zeros(len(examples), np.float32)}
+
+        with contextlib.suppress(KeyboardInterrupt):
+            caching.write(
+                tmp_path / ("cache" if arguments.get("writes", True) else "elsewhere"),
+                task,
+                facts={},
+                counts={},
+                score=score,
+                scored=["reference_log_probs"],
+                **arguments,
+            )
+        return scored
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(caching, "PART", 8)
+        assert call("killed") == [8, 8, 8]
+        of_writer = call("writer", of_writer=lambda work: said.append(work()) or said[-1])
+        others = iter(said)
+        of_other = call("other", writes=False, of_writer=lambda work: next(others))
+    assert of_writer == of_other == [8, 8, 8]
+    assert next(others, None) is None
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_cache_that_seqio_made_is_trained_from(both, feedback_file, watching, tmp_path):
@@ -294,7 +349,7 @@ def test_a_cache_is_seqios(cache_made, feedback_file):
     """SeqIO reads it by itself, by the task's name and the folder."""
     import seqio
 
-    from dro_jax.data.feedback import FeedbackFile, RewardStatistics
+    from dro_jax.data.feedback import FeedbackFile
     from dro_jax.data.tasks import feedback_task
     from dro_jax.data.vocabulary import load_vocabulary
 

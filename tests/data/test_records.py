@@ -207,6 +207,14 @@ def test_tfds(dataset):
     assert judged("tfds:made_up:1.0.0#later[1:]") == [Triplet("p6", "ü6", 1.5, 1)]
 
 
+def test_what_is_there(dataset, tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}")
+    for there in ("tfds:made_up", f"{tmp_path}/a.jsonl", f"{tmp_path}/*.jsonl"):
+        assert records.exist(there)
+    for gone in ("tfds:nowhere", f"{tmp_path}/b.jsonl", f"{tmp_path}/*.parquet"):
+        assert not records.exist(gone)
+
+
 def test_tfds_that_cannot_be_read(dataset):
     for name in ("made_up#none", "nowhere", "", "made_up:9.9.9"):
         message = refusal(f"tfds:{name}")
