@@ -36,8 +36,8 @@ from dro_jax.evaluation.report import Report
 from dro_jax.training import checkpoints
 from dro_jax.whole_files import write_whole
 
-FEEDBACK = "feedback.jsonl"
-PROMPTS = "prompts.jsonl"
+FEEDBACK = "feedback_of_api.jsonl"
+PROMPTS = "prompts_of_api.jsonl"
 """Written into the folder of `train` and `compare`."""
 
 

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from dro_jax.cli.generate import model_of, vocabulary_file_of
-from dro_jax.cli.run_folder import STATISTICS, VOCABULARY, vocabulary_digest
+from dro_jax.cli.run_folder import MODEL_GIN, STATISTICS, VOCABULARY, vocabulary_digest
 from dro_jax.data.feedback import RewardStatistics
 from dro_jax.data.vocabulary import check_vocabulary_fits, load_vocabulary
 from dro_jax.errors import UsageError
@@ -28,9 +29,8 @@ from dro_jax.training import checkpoints
 
 logger = logging.getLogger(__name__)
 
-GIN_FILE = "model.gin"
 VALUE = "value"
-"""Names inside the folder that is written."""
+"""The value network's folder, inside the one that is written."""
 
 PARTIAL = ".partial-of-dro_jax-convert"
 """Ending of the folder that becomes the target; what an interruption left under this name is removed."""
@@ -64,6 +64,8 @@ def run(
       UsageError: if the source is none of them or is damaged, or the target is taken. Nothing is left at the target.
     """
     folder, goal = epath.Path(source), epath.Path(target)
+    if os.path.abspath(target) == os.getcwd():
+        raise UsageError(f"{target}: is the folder you are in; give another one")
     if goal.exists() and not (goal.is_dir() and not any(goal.iterdir())):
         raise UsageError(
             f"{target}: is there already; give a folder that is empty or does not exist"
@@ -222,13 +224,13 @@ def _write_run(
     stored_arrays.save_run(directory, items, meta | described)
     if vocabulary_file is not None:
         epath.Path(vocabulary_file).copy(directory / VOCABULARY)
-    (directory / GIN_FILE).write_text(gin_file(config, goal, vocabulary_file is not None))
+    (directory / MODEL_GIN).write_text(gin_file(config, goal, vocabulary_file is not None))
     for item, arrays in items.items():
         count = sum(math.prod(array.shape) for array in arrays.values())
         logger.info("%s: %.4g million parameters, %s", goal, count / 1e6, item)
     logger.info(
         "train it by: dro_jax train --gin_file=runs/train.gin --gin_file=%s --gin_file=algorithms/dro_v.gin …",
-        goal / GIN_FILE,
+        goal / MODEL_GIN,
     )
 
 
@@ -367,7 +369,7 @@ def export_t5x(
     if vocabulary_file is not None:
         epath.Path(vocabulary_file).copy(folder / VOCABULARY)
         vocabulary_file = f"{where}/{VOCABULARY}"
-    (folder / GIN_FILE).write_text(
+    (folder / MODEL_GIN).write_text(
         t5x_checkpoints.gin_file(config, f"{where}/{place}", vocabulary_file, scan=scan)
     )
 

@@ -11,6 +11,7 @@ from dro_jax.training import checkpoints
 STATISTICS = "reward_statistics.json"
 REFERENCE = "reference"
 VOCABULARY = "vocabulary.model"
+MODEL_GIN = "model.gin"
 """Names inside MODEL_DIR."""
 
 

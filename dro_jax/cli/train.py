@@ -18,6 +18,7 @@ from dro_jax.cli.console import console, format_metrics, progress_bar
 from dro_jax.cli.generate import Policy
 from dro_jax.cli.run_data import RunData, cache_facts, check_pairs, read_data
 from dro_jax.cli.run_folder import (
+    MODEL_GIN,
     REFERENCE,
     STATISTICS,
     VOCABULARY,
@@ -27,12 +28,13 @@ from dro_jax.cli.run_folder import (
 from dro_jax.data import caching
 from dro_jax.data.batches import Position, evaluation_batches, train_batches
 from dro_jax.data.feedback import FeedbackFile, RewardStatistics
-from dro_jax.data.tasks import feedback_task
+from dro_jax.data.tasks import SHUFFLE_BUFFER_SIZE, feedback_task
 from dro_jax.errors import UsageError, check_number
 from dro_jax.networks import T5Config
 from dro_jax.training import checkpoints, loop, partitioning, processes, step, train_state
 from dro_jax.training.algorithms import Algorithm, Examples
 from dro_jax.training.optimizers import Adafactor
+from dro_jax.whole_files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +160,9 @@ def train(
             raise UsageError(
                 f"train.compilation_cache_dir is {compilation_cache_dir!r}: give a path, or None"
             )
-        partitioning.check_batch_size(batch_size, mesh, rules, microbatches)
+        partitioning.check_batch_size(
+            batch_size, mesh, rules, microbatches, pairs=algorithm.needs.pairs
+        )
         data = read_data(
             feedback, model, algorithm, lengths, vocabulary_file, cache_dir, drop_overlong
         )
@@ -195,7 +199,9 @@ def train(
             "seed": seed,
             "drop_overlong": drop_overlong,
             "CACHE_DIR": cache_dir,
+            "T5Config.dtype": model.dtype,
             **{f"FeedbackFile.{name}": value for name, value in vars(feedback).items()},
+            **{f"Adafactor.{name}": value for name, value in vars(optimizer).items()},
             **{name.upper(): value for name, value in vars(algorithm).items()},
             # Win rates of two judges, prompts or temperatures are not comparable.
             **(win_rate.settings(jury.name) if jury is not None else {}),
@@ -293,6 +299,12 @@ def train(
             summary.rewards.mean,
             statistics.mean,
         )
+    rows = summary.num_input_examples["train"]
+    if cache_dir is None and rows > SHUFFLE_BUFFER_SIZE:
+        console.print(
+            f"{rows} training rows are shuffled {SHUFFLE_BUFFER_SIZE} at a time, in the order of the file: if it is "
+            "sorted by source or reward, shuffle it, or train from what `dro_jax cache` makes"
+        )
     task = feedback_task(
         feedback,
         vocabulary=data.vocabulary,
@@ -312,8 +324,8 @@ def train(
     for writer in writers:
         opened.callback(writer.close)
     if processes.is_first():
-        if vocabulary_file is not None and not (directory / VOCABULARY).exists():
-            epath.Path(vocabulary_file).copy(directory / VOCABULARY)
+        if vocabulary_file is not None:
+            write_whole(directory / VOCABULARY, epath.Path(vocabulary_file).read_bytes())
         configuration.save_operative(directory / "config.gin")
     manager = checkpoints.open_manager(directory, keep_last=keep_last, keep_every=keep_every)
     # However the run ends, a checkpoint that was begun is finished.
@@ -338,11 +350,16 @@ def train(
     batch_sharding = partitioning.batch_sharding(mesh, rules.rules)
 
     rates: dict[int, float] = {}
+    stop = loop.StopRequest()
+
+    def go_on() -> None:
+        alive()
+        stop.leave_evaluation()
 
     def evaluate(done: int, state: train_state.TrainState) -> None:
         host_memory.give_back_freed_memory()
         if hold_against_reference is not None and (
-            scalars := hold_against_reference(done, state.policy, alive)
+            scalars := hold_against_reference(done, state.policy, go_on)
         ):
             if "side_by_side/win_rate" in scalars:
                 rates[done] = scalars["side_by_side/win_rate"]
@@ -351,17 +368,18 @@ def train(
             console.print(f"side by side, step {done}  {format_metrics(scalars, SIDE_BY_SIDE)}")
         if not summary.validation_rows:
             return
-        batches = evaluation_batches(
+        arrays = []
+        for batch in evaluation_batches(
             task,
             split="validation",
             lengths=lengths,
-            batch_size=batch_size,
+            # What is too much for a step is too much here.
+            batch_size=batch_size // microbatches,
             max_examples=max_examples,
-        )
-        arrays = [
-            jax.device_get(evaluation_step(state, reference, loop.to_devices(b, batch_sharding)))
-            for b in batches
-        ]
+        ):
+            go_on()
+            placed = loop.to_devices(batch, batch_sharding)
+            arrays.append(jax.device_get(evaluation_step(state, reference, placed)))
         if not arrays:
             logger.warning("nothing held out is left to evaluate: no pair, or none short enough")
             return
@@ -371,6 +389,7 @@ def train(
         console.print(f"held out, step {done}  {format_metrics(metrics, TERMINAL_METRICS)}")
 
     def save(state: train_state.TrainState, position: Position) -> None:
+        alive()
         host_memory.give_back_freed_memory()
         checkpoints.save(
             manager,
@@ -379,7 +398,6 @@ def train(
             win_rate=rates.get(int(state.step)),
         )
 
-    stop = loop.StopRequest()
     with (
         stop.listening(),
         opened,
@@ -489,10 +507,22 @@ def restore(
     if state is not None:
         digest = checkpoints.read_meta(directory, int(state.step)).get("reference")
         return state, restore_reference(directory, init_checkpoint, digest, abstract.policy, meta)
+    if algorithm.needs.reference:
+        check_place_of_reference(directory / REFERENCE, init_checkpoint)
     if init_checkpoint is None:
         return None, None
     source, at = checkpoints.find(init_checkpoint)
     return None, checkpoints.restore_policy(source, at, abstract.policy, model)
+
+
+def check_place_of_reference(own: epath.Path, init_checkpoint: str | None) -> None:
+    """Raises UsageError where a run's reference would come to lie on or among other checkpoints than its own."""
+    init = None if init_checkpoint is None else epath.Path(init_checkpoint).absolute()
+    inside = init is not None and own.absolute() in (init, *init.parents)
+    if inside or checkpoints.steps(own) not in ([], [0]) or (own / MODEL_GIN).exists():
+        raise UsageError(
+            f"{own}: the run's reference is to be kept there, and another run or model is: choose another MODEL_DIR"
+        )
 
 
 def restore_reference(
@@ -502,7 +532,7 @@ def restore_reference(
     abstract: Any,
     meta: checkpoints.Meta,
 ) -> Any:
-    """The reference of a run that has begun; where its own copy is damaged or gone, that is made again.
+    """The reference of a run that has begun; where its own copy is damaged, gone or another, it is made again.
 
     Args:
       directory: of the run.
@@ -521,10 +551,11 @@ def restore_reference(
     expected, own = facts_of_reference(meta), directory / REFERENCE
     advice = "give the INIT_CHECKPOINT that the run began with, or choose another MODEL_DIR"
     fault = f"{own}: the run's reference is not there any more"
-    if checkpoints.steps(own):
-        source, at = checkpoints.find(own)
+    if 0 in checkpoints.steps(own):
         try:
-            return checkpoints.restore_policy(source, at, abstract, expected)
+            if checkpoints.policy_digest(checkpoints.read_meta(own, 0)) == digest:
+                return checkpoints.restore_policy(own, 0, abstract, expected)
+            fault = f"{checkpoints.path_of(own, 0)}: has other weights than the run's reference"
         except checkpoints.DamagedError as error:
             # Its text alone: with its frames it would keep the damaged arrays.
             fault = str(error)

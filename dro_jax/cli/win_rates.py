@@ -199,7 +199,10 @@ def against_reference(
         return texts
 
     of_reference = answers(reference, "reference", settings.seed, lambda: None)
-    try_out(jury, Comparison(jury.prompts[0], *of_reference[:2]))
+    # Of two equal answers a judge need not be asked.
+    first = of_reference[0]
+    other = next((text for text in of_reference if text != first), f"{first}.")
+    try_out(jury, Comparison(jury.prompts[0], first, other))
 
     def evaluate(step: int, params: Any, alive: Callable[[], None]) -> Scalars:
         # The two are not given the same luck.

@@ -25,8 +25,8 @@ from dro_jax.data.mismatched import mismatch_offset
 from dro_jax.data.vocabulary import load_vocabulary
 from dro_jax.errors import UsageError
 
-# Files up to this many rows are shuffled as a whole; a row takes about 8 KB at 512 + 512 tokens.
-_SHUFFLE_BUFFER_SIZE = 16_384
+SHUFFLE_BUFFER_SIZE = 65_536
+"""Files up to this many rows are shuffled as a whole; a row takes about 8 KB at 512 + 512 tokens."""
 
 # Rows handed to TensorFlow at once: one by one each costs five times as much.
 _ROWS_A_CHUNK = 128
@@ -192,7 +192,7 @@ def feedback_task(
         ],
         output_features=output_features,
         metric_fns=list(metric_fns),
-        shuffle_buffer_size=_SHUFFLE_BUFFER_SIZE,
+        shuffle_buffer_size=SHUFFLE_BUFFER_SIZE,
     )
 
 

@@ -166,11 +166,13 @@ def _save(manager: ocp.CheckpointManager, step: int, trees: dict[str, Tree], met
     items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
     rate = meta.get(WIN_RATE)
     with _writing(manager.directory):
-        manager.save(
+        begun = manager.save(
             step,
             args=ocp.args.Composite(meta=ocp.args.JsonSave(meta), **items),
             metrics=None if rate is None else {WIN_RATE: rate},
         )
+        if not begun:
+            raise FileExistsError("there are checkpoints of later steps")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import os
 import signal
 import time
@@ -16,6 +17,8 @@ from jax.sharding import NamedSharding
 from dro_jax.errors import DivergenceError, check_number
 from dro_jax.training.step import TrainStep
 from dro_jax.training.train_state import TrainState
+
+logger = logging.getLogger(__name__)
 
 HostBatch = dict[str, np.ndarray]
 Scalars = dict[str, float]
@@ -39,6 +42,10 @@ class Periods:
         """Raises UsageError unless all are whole numbers of steps."""
         for name, period in dataclasses.asdict(self).items():
             check_number(f"Periods.{name}", period, whole=True, at_least=1)
+
+
+class EvaluationLeft(Exception):
+    """Raised in an evaluation in which the run was asked to stop: what has been learnt is saved instead."""
 
 
 class StopRequest:
@@ -70,6 +77,14 @@ class StopRequest:
         if self._shared and multihost_utils.reached_preemption_sync_point(step):
             self.signal = signal.SIGTERM
             return True
+        return self._alone_asked()
+
+    def leave_evaluation(self) -> None:
+        """Raises EvaluationLeft if the run is to stop; several processes, which would part, go on to its end."""
+        if self._alone_asked():
+            raise EvaluationLeft
+
+    def _alone_asked(self) -> bool:
         return not self._shared and self.signal is not None
 
     def _note(self, number: int, frame: Any) -> None:
@@ -109,7 +124,7 @@ def train(
       num_steps: steps of the whole run, those already done included.
       periods: how often to log, evaluate and save; the first step is logged too.
       log: takes the number of steps done and means of the metrics since the last call.
-      evaluate: takes the number of steps done and the state.
+      evaluate: takes the number of steps done and the state; may raise EvaluationLeft.
       save: takes a state that is finite, as its losses and gradients were, and the place in the data after
         the last batch that went into it, however far ahead `batches` has read.
       stop: asked after every step, by every process.
@@ -151,7 +166,11 @@ def train(
         log(done, summarise(values, timed, time.perf_counter() - clock))
         pending = []
         if evaluation_due:
-            evaluate(done, state)
+            try:
+                evaluate(done, state)
+            except EvaluationLeft:
+                logger.warning("step %d is not evaluated: asked to stop", done)
+                finished = checkpoint_due = True
         if checkpoint_due:
             save(state, position)
         clock = time.perf_counter()

@@ -241,6 +241,25 @@ def test_a_reference_that_is_lost_for_good(refused, dro_v_run, sft_run, tmp_path
     )
 
 
+def test_a_place_for_the_reference_that_is_taken(refused, sft_run, tmp_path):
+    """Where a run's reference would be written nothing else may lie: it would be taken for it, or lost."""
+    advice = (
+        "reference: the run's reference is to be kept there, and another run or model is: choose"
+    )
+    shutil.copytree(sft_run.directory, tmp_path / "run" / "reference")
+    before = sorted(path.name for path in (tmp_path / "run").rglob("*"))
+    inside = tmp_path / "run" / "reference" / "checkpoint_6"
+    for start in (sft_run.directory, inside, inside.parent):
+        line = refused(MODEL_DIR=str(tmp_path / "run"), INIT_CHECKPOINT=str(start))
+        assert advice in line
+    assert sorted(path.name for path in (tmp_path / "run").rglob("*")) == before
+    imported = tmp_path / "other" / "reference"
+    shutil.copytree(sft_run.directory / "checkpoint_6", imported / "checkpoint_0")
+    (imported / "model.gin").write_text("")
+    line = refused(MODEL_DIR=str(imported.parent), INIT_CHECKPOINT=str(sft_run.directory))
+    assert advice in line
+
+
 def test_model_dir_under_a_file(refused, tmp_path):
     (tmp_path / "file").write_text("in the way")
     line = refused(MODEL_DIR=str(tmp_path / "file" / "out"))

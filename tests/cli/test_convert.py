@@ -408,7 +408,7 @@ def test_source_that_is_nothing(refused, tmp_path):
     assert line.endswith("found saved_model.pb")
 
 
-def test_target_that_is_taken(refused, copied, tmp_path):
+def test_target_that_is_taken(refused, copied, tmp_path, monkeypatch):
     folder = copied()
     assert refused(folder, "v1_1") == (
         f"{folder}: is there already; give a folder that is empty or does not exist"
@@ -416,6 +416,9 @@ def test_target_that_is_taken(refused, copied, tmp_path):
     (tmp_path / "file").write_text("")
     assert "is there already" in refused(folder, "file")
     assert refused(folder, "file/below").startswith(f"{tmp_path / 'file/below'}: cannot be written")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert refused(folder, "here").endswith("here: is the folder you are in; give another one")
 
 
 def test_only_what_a_conversion_left_is_removed(converted, tmp_path):

@@ -1,5 +1,6 @@
 """`dro_jax train` from a feedback file to an aligned policy, on a model of a few thousand parameters."""
 
+import contextlib
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from dro_jax.data import demonstration
 from dro_jax.data.feedback import read_rows, split_of
 from dro_jax.evaluation.enumeration import distance_to_optimum
 from dro_jax.networks import T5, ValueNetwork
-from dro_jax.training import checkpoints, optimizers, partitioning, train_state
+from dro_jax.training import checkpoints, optimizers, partitioning, processes, train_state
 from dro_jax.training.algorithms import DroP, DroV
 
 VALIDATION_FRACTION, TAU, NUM_STEPS = 0.3, 0.5, 6
@@ -366,7 +367,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over(dro_v_run, sft_run, train, t
 
 
 @pytest.mark.usefixtures("damaged_reads")
-@pytest.mark.parametrize("lost", ["damaged", "gone"])
+@pytest.mark.parametrize("lost", ["damaged", "gone", "another"])
 def test_a_reference_that_was_lost_is_made_again(dro_v_run, sft_run, train, tmp_path, lost):
     directory = tmp_path / "out"
     shutil.copytree(dro_v_run.directory, directory)
@@ -375,14 +376,69 @@ def test_a_reference_that_was_lost_is_made_again(dro_v_run, sft_run, train, tmp_
         damage(directory / "reference" / "checkpoint_0")
     else:
         shutil.rmtree(directory / "reference")
+    if lost == "another":
+        shutil.copytree(
+            sft_run.directory / "checkpoint_4", directory / "reference" / "checkpoint_0"
+        )
     result = train(MODEL_DIR=str(directory), INIT_CHECKPOINT=str(sft_run.directory))
     assert (result.code, result.err) == (0, "")
     said = " ".join(result.out.split())
     assert f"{directory}/reference: was lost, and is copied again from {sft_run.directory}" in said
-    assert (directory / "reference" / "checkpoint_0.damaged").is_dir() == (lost == "damaged")
+    assert (directory / "reference" / "checkpoint_0.damaged").is_dir() == (lost != "gone")
     for place, step in (("", 6), ("reference", 0)):
         metas = [checkpoints.read_meta(d / place, step) for d in (directory, dro_v_run.directory)]
         assert metas[0] == metas[1]
+
+
+def test_an_evaluation_is_in_microbatches_gives_signs_of_life_and_ends_when_asked_to(
+    train, sft_run, tmp_path, watching, monkeypatch
+):
+    alive = []
+
+    @contextlib.contextmanager
+    def recorded(seconds):
+        yield lambda: alive.append(len(seen))
+
+    monkeypatch.setattr(processes, "ended_when_stalled", recorded)
+    settings = {
+        "MODEL_DIR": str(tmp_path / "out"),
+        "INIT_CHECKPOINT": str(sft_run.directory),
+        "BATCH_SIZE": 16,
+        "MICROBATCHES": 2,
+        "loop__Periods__evaluate": 3,
+        "loop__Periods__checkpoint": 100,
+    }
+    with watching(interrupt_at=4) as seen:
+        result = train(**settings)
+    assert result.code == 75
+    assert "step 3 is not evaluated: asked to stop" in result.out
+    assert "held out, step 3" not in result.out
+    assert checkpoints.steps(tmp_path / "out") == [3]
+    alive.clear()
+    with watching() as seen:
+        result = train(**settings)
+    assert result.code == 0
+    assert "held out, step 6" in result.out
+    rows = [len(batch["rewards"]) for batch in seen]
+    assert rows[:3] == [16] * 3
+    assert set(rows[3:]) == {8}
+    assert len(rows) > 4
+    # After each step, before each batch held out, and before the save.
+    assert alive == [1, 2, 3, *range(3, len(rows)), len(rows)]
+
+
+def test_what_an_earlier_start_left_of_another_vocabulary_is_replaced(train, command, tmp_path):
+    pieces = Path(__file__).parents[1] / "interop" / "golden" / "v1_1" / "spiece.model"
+    directory = tmp_path / "out"
+    directory.mkdir()
+    (directory / "vocabulary.model").write_bytes(b"of an earlier start")
+    settings = {"VOCABULARY_FILE": str(pieces), "t5__T5Config__vocab_size": 512, "TRAIN_STEPS": 1}
+    assert train("runs/sft_tiny.gin", MODEL_DIR=str(directory), **settings).code == 0
+    assert (directory / "vocabulary.model").read_bytes() == pieces.read_bytes()
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a\n")
+    result = command("generate", f"--checkpoint={directory}", f"--prompts={prompts}")
+    assert result.code == 0, result.err
 
 
 def damage(checkpoint):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import types
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +227,29 @@ def test_answers_of_other_weights_are_not_taken_for_these(sft_run, tmp_path):
     assert len(list(tmp_path.glob("reference_*"))) == 3
 
 
+@pytest.mark.parametrize("sampled", [["same", "same", "other"], ["same", "same", "same"]])
+def test_a_judge_is_tried_out_on_answers_that_differ(sampled, tmp_path, monkeypatch):
+    """Of two equal ones a language model is not asked, and a wrong key would show hours later."""
+    monkeypatch.setattr(
+        win_rates, "complete", lambda *_, **__: [generate.Completion(text, []) for text in sampled]
+    )
+    monkeypatch.setattr(checkpoints, "weights_digest", lambda tree: "digest")
+    asked = []
+    policy = types.SimpleNamespace(
+        config=types.SimpleNamespace(compute_dtype="float32"), lengths={"targets": 3}
+    )
+    win_rates.against_reference(
+        win_rates.WinRate(),
+        win_rates.Jury(lambda some: asked.extend(some) or iter([Verdict("A")]), "ours", ["p"] * 3),
+        folder=epath.Path(tmp_path),
+        policy_of=lambda params: policy,
+        reference={},
+    )
+    (comparison,) = asked
+    assert comparison.answer_a == "same"
+    assert comparison.answer_b != "same"
+
+
 def test_another_judge_is_another_setting(judged, caplog):
     meta = checkpoints.read_meta(judged[0], 6)
     changed = {"JUDGE": "llm (oracle)", "WinRate.prompts": 9, "WinRate.temperature": 0.5}
@@ -234,6 +258,11 @@ def test_another_judge_is_another_setting(judged, caplog):
         changed
     )
     assert meta["settings"]["JUDGE"] == "reward:rewards_of_test:noise"
+    # So are other rates, and another compute type.
+    caplog.clear()
+    changed = {"Adafactor.policy_learning_rate": 7.0, "T5Config.dtype": "float16"}
+    warn_of_changes(meta, {"settings": meta["settings"] | changed})
+    assert len(caplog.messages) == 2
 
 
 def test_a_win_rate_by_hand():

@@ -277,6 +277,14 @@ def test_the_reference_is_saved_alone_and_replaced_by_a_later_start(tmp_path, la
         checkpoints.restore_value(folder, 0, layout.abstract().value)
 
 
+def test_a_save_that_orbax_declines_is_no_save(tmp_path, layout, random_state):
+    checkpoints.save_policy(tmp_path, random_state(layout, 1).policy, META)
+    (tmp_path / "checkpoint_0").rename(tmp_path / "checkpoint_9")
+    with pytest.raises(checkpoints.SaveError, match="there are checkpoints of later steps"):
+        checkpoints.save_policy(tmp_path, random_state(layout, 2).policy, META)
+    assert checkpoints.steps(tmp_path) == [9]
+
+
 def test_another_mesh_restores_the_same_bits_and_has_the_same_checksums(saved, bench, random_state):
     one, cube = bench().layout, bench((2, 2, 2)).layout
     folder = saved(5, layout=one)

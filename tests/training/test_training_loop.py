@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from dro_jax.errors import DivergenceError
 from dro_jax.training import checkpoints, loop
@@ -27,6 +28,7 @@ class Recorder:
         self.calls: list[tuple[str, int]] = []
         self.logged: dict[int, loop.Scalars] = {}
         self.metrics = metrics or {}
+        self.in_evaluation = lambda done: None
         self.stop = StopRequest()
         self.state = TrainState(step=np.int32(start), policy={}, value={}, opt_state={})
 
@@ -62,11 +64,16 @@ class Recorder:
             num_steps=num_steps,
             periods=periods,
             log=log,
-            evaluate=lambda done, state: self.note("evaluate", done, state),
+            evaluate=self.evaluate,
             save=self.save,
             stop=self.stop,
             progress=progress,
         )
+
+    def evaluate(self, done, state):
+        self.note("evaluate", done, state)
+        self.in_evaluation(done)
+        self.stop.leave_evaluation()
 
     def save(self, state, position):
         assert position == f"after {int(state.step)}"
@@ -135,6 +142,18 @@ def test_a_signal_ends_the_run_after_the_current_step_with_a_save(number, one_de
     assert int(run.state.step) == 5
     assert run.calls == [("log", 1), ("log", 5), ("save", 5)]
     assert [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_a_request_in_an_evaluation_leaves_it_and_saves(shared, one_device, monkeypatch):
+    run = Recorder()
+    monkeypatch.setattr(run.stop, "_shared", shared)
+    monkeypatch.setattr(multihost_utils, "reached_preemption_sync_point", lambda step: step == 6)
+    run.in_evaluation = lambda done: setattr(run.stop, "signal", signal.SIGTERM)
+    run.run(100, Periods(log=NEVER, evaluate=4, checkpoint=NEVER), one_device)
+    # One of several processes goes on until all stop.
+    assert int(run.state.step) == (6 if shared else 4)
+    assert run.at("save") == [6 if shared else 4]
 
 
 def test_a_second_ctrl_c_is_not_caught_and_the_handlers_come_back(one_device):
