@@ -1,10 +1,14 @@
 """Memory that was freed serves again: the kernel is not asked for it, whichever thread wants it."""
 
 import ctypes
+import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from dro_jax.cli import host_memory
 
 LIBC = """
 import ctypes, re, resource, threading
@@ -73,3 +77,41 @@ def test_what_was_kept_can_be_given_back():
     kept, after = (int(line) for line in ran.stdout.split())
     assert kept > 0.9 * 2**28
     assert after < 2**26
+
+
+@pytest.mark.parametrize(
+    ("plugin", "file", "platforms", "kept"),
+    [
+        (None, None, None, True),
+        # A driver that JAX has no plug-in for, and the other way round.
+        (None, "nvidia0", None, True),
+        ("jax_cuda12_plugin", None, None, True),
+        ("libtpu", "vfio/vfio", None, True),
+        ("jax_cuda12_plugin", "nvidia0", None, False),
+        ("jax_cuda13_plugin", "nvidia0", None, False),
+        ("libtpu", "accel0", None, False),
+        ("libtpu", "vfio/3", None, False),
+        ("libtpu", "vfio/3", "cpu", True),
+    ],
+)
+def test_where_an_accelerator_computes_the_allocator_is_left_as_it_is(
+    plugin, file, platforms, kept, tmp_path, monkeypatch
+):
+    if file is not None:
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).touch()
+    monkeypatch.setattr(
+        host_memory, "Path", lambda path: tmp_path if path == "/dev" else Path(path)
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name if name == plugin else None)
+    if platforms is None:
+        monkeypatch.delenv("JAX_PLATFORMS")
+    else:
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+    told = []
+    monkeypatch.setattr(
+        host_memory, "_of_glibc", lambda name: lambda *settings: told.append(settings)
+    )
+    host_memory.keep_freed_memory()
+    assert (len(told) == 3) == kept
+    assert bool(told) == kept
