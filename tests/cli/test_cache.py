@@ -58,10 +58,15 @@ def losses(directory):
 @pytest.mark.parametrize(
     ("method", "max_examples"), [("dro_v", 1), ("dro_v", 3), ("kto", 3), ("dro_two_sample", 1)]
 )
-def test_training_on_a_cache_is_training_without_it(method, max_examples, both, watching, tmp_path):
-    made = both("cache", method)
-    assert (made.code, made.err) == (0, "")
-    assert "60 examples, " in made.out
+def test_training_on_a_cache_is_training_without_it(
+    method, max_examples, cache_made, both, watching, tmp_path
+):
+    if method == "dro_v":
+        shutil.copytree(cache_made, tmp_path / "cache")
+    else:
+        made = both("cache", method)
+        assert (made.code, made.err) == (0, "")
+        assert "60 examples, " in made.out
     settings = {"method": method, "MAX_EXAMPLES": max_examples}
     batches = []
     for name, cache in (("cached", str(tmp_path / "cache")), ("plain", None)):
@@ -88,8 +93,8 @@ def test_training_on_a_cache_is_training_without_it(method, max_examples, both, 
     assert checkpoints.steps(tmp_path / "cached" / "reference") == [0]
 
 
-def test_a_cached_run_stops_and_goes_on(both, watching, tmp_path):
-    assert both("cache").code == 0
+def test_a_cached_run_stops_and_goes_on(cache_made, both, watching, tmp_path):
+    shutil.copytree(cache_made, tmp_path / "cache")
     with watching(interrupt_at=2):
         assert both("train").code == 75
     # What a resumed run needs of the reference is in the cache.
@@ -386,15 +391,14 @@ def test_sigkill_in_mid_caching(train_flags, feedback_file, sft_run, tmp_path):
     arguments = [sys.executable, "-c", code, "cache", *flags[1:]]
     folder = tmp_path / "cache" / "feedback"
     with subprocess.Popen(arguments, stdout=subprocess.DEVNULL) as process:
-        while process.poll() is None and len(list(folder.glob("train.tfrecord-*"))) < 4:
+        while process.poll() is None and len(list(folder.glob("*.tfrecord-*-of-000??"))) < 2:
             time.sleep(0.01)
         process.send_signal(signal.SIGKILL)
     assert process.returncode == -signal.SIGKILL
     assert not (folder / "COMPLETED").exists()
     kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.tfrecord-*-of-000??")}
-    parts = [path.name for path in folder.glob("*.part-*") if not path.name.endswith(".partial")]
+    assert len(kept) >= 2
     subprocess.run(arguments, check=True, stdout=subprocess.DEVNULL)
-    assert kept or parts
     for name, changed in kept.items():
         assert (folder / name).stat().st_mtime_ns == changed
     manifest = caching.read_manifest(tmp_path / "cache")

@@ -239,12 +239,13 @@ def lengths_attended(called: list[tuple[int, int]], **changes) -> set[tuple[int,
     config = dataclasses.replace(TINY, **changes)
     tokens = jnp.ones((2, 6), jnp.int32)
     inputs = tokens, tokens[:, :4]
-    params = T5(config).init(jax.random.key(0), *inputs)
-    value = ValueNetwork(config).init(jax.random.key(0), tokens)
+    # Traced alone.
+    params = jax.eval_shape(T5(config).init, jax.random.key(0), *inputs)
+    value = jax.eval_shape(ValueNetwork(config).init, jax.random.key(0), tokens)
     attention.use_cudnn("auto", jnp.bfloat16, 4)  # the trial
     called.clear()
-    T5(config).apply(params, *inputs)
-    ValueNetwork(config).apply(value, tokens)
+    jax.eval_shape(T5(config).apply, params, *inputs)
+    jax.eval_shape(ValueNetwork(config).apply, value, tokens)
     return set(called)
 
 
@@ -276,6 +277,6 @@ def test_on_several_devices_cudnn_is_taken_only_when_it_is_asked_for(gpu):
 def test_cudnn_without_a_gpu_is_refused_in_a_line():
     config = dataclasses.replace(TINY, dtype="bfloat16", attention="cudnn")
     tokens = jnp.ones((1, 2), jnp.int32)
-    params = T5(config).init(jax.random.key(0), tokens, tokens)
+    params = jax.eval_shape(T5(config).init, jax.random.key(0), tokens, tokens)
     with pytest.raises(UsageError, match=r"is for bfloat16 on an NVIDIA GPU.*bfloat16 on cpu"):
-        T5(config).apply(params, tokens, tokens)
+        jax.eval_shape(T5(config).apply, params, tokens, tokens)

@@ -59,7 +59,7 @@ def packed_batch(number, rows=16, slots=3):
 
 
 def history(one, make, microbatches=1):
-    """Metrics of 20 steps from one start, away from the reference and from V = 0."""
+    """Metrics of 20 steps from one start, away from the reference and from V = 0, and the last state."""
     rng = np.random.default_rng(1)
 
     def moved(tree):
@@ -79,4 +79,4 @@ def history(one, make, microbatches=1):
     for number in range(STEPS):
         state, metrics = train_step(state, one.reference, one.to_devices(make(number)))
         found.append({name: float(value) for name, value in metrics.items()})
-    return found
+    return found, state

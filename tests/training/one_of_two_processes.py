@@ -18,7 +18,9 @@ def main(port: str, number: str, output: str) -> None:
     processes.start(f"localhost:{port}", 2, int(number))
     assert (jax.process_count(), jax.local_device_count(), jax.device_count()) == (2, 4, 8)
     found = {
-        method: history(make_bench((2, 2, 2), METHODS[method], OPTIMIZERS["descent"]), packed_batch)
+        method: history(
+            make_bench((2, 2, 2), METHODS[method], OPTIMIZERS["descent"]), packed_batch
+        )[0]
         for method in ("dro_v", "dro_p", "kto")
     }
     Path(output).write_text(json.dumps(found))

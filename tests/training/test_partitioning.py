@@ -208,40 +208,6 @@ def test_states_beside_no_parameter_are_whole_everywhere(cube):
     assert placed[0].mu["w"].spec == placed[0].nu["w"].spec == P("fsdp", "model")
 
 
-def test_three_steps_are_the_same_on_every_mesh(bench, make_batch):
-    rng = np.random.default_rng(1)
-    start = jax.tree.map(
-        lambda x: x + 0.1 * rng.standard_normal(x.shape, np.float32), bench().first_state.policy
-    )
-    history, finals = {}, {}
-    for sizes in [(1, 1, 1), (8, 1, 1), (2, 2, 2)]:
-        one = bench(sizes)
-        alone = sizes == (1, 1, 1)
-        train_step = one.train_step if alone else one.quick_step(one.reference, make_batch(0))
-        state, seen = one.state(policy=start), []
-        for number in range(3):
-            batch = one.to_devices(make_batch(number))
-            state, metrics = train_step(state, one.reference, batch)
-            seen.append({name: float(value) for name, value in metrics.items()})
-        history[sizes], finals[sizes] = seen, jax.device_get(state)
-        placed = jax.tree.map(
-            lambda x, s: x.sharding.is_equivalent_to(s, x.ndim), state, one.layout.shardings
-        )
-        assert all(jax.tree.leaves(placed))
-    assert history[1, 1, 1][0]["kl/log_ratio_std"] > 0.1
-    for sizes in [(8, 1, 1), (2, 2, 2)]:
-        for got, want in zip(history[sizes], history[1, 1, 1], strict=True):
-            assert got.keys() == want.keys()
-            for name in ("loss", "loss/dro", "grad_norm/policy", "grad_norm/value", "data/tokens"):
-                assert got[name] == pytest.approx(want[name], rel=1e-5), (sizes, name)
-        for part in ("policy", "value"):
-            jax.tree.map(
-                lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
-                getattr(finals[sizes], part),
-                getattr(finals[1, 1, 1], part),
-            )
-
-
 def test_a_batch_is_spread_over_data_and_fsdp(cube):
     array = jax.device_put(np.arange(8.0), partitioning.batch_sharding(cube))
     assert {tuple(shard.data.tolist()) for shard in array.addressable_shards} == {

@@ -272,8 +272,6 @@ def test_v_beats_the_best_constant_within_300_steps_at_the_default_rates(
     v, target, residual, rewards = map(np.concatenate, (v, target, residual, rewards))
     of_v, of_constant = np.mean((v - target) ** 2), np.var(target)
     eq4, eq4_of_constant = np.mean((residual - v) ** 2) / 2, np.var(rewards) / 2
-    print(f"MSE of V {of_v:.3f}, of the best constant {of_constant:.3f}")
-    print(f"held-out eq. 4 {eq4:.3f}, of the best constant and pi_ref {eq4_of_constant:.3f}")
     assert of_v < 0.8 * of_constant
     assert eq4 < 0.85 * eq4_of_constant
 
