@@ -13,7 +13,15 @@ import numpy as np
 from etils import epath
 
 from dro_jax.cli.console import progress_bar
-from dro_jax.cli.generate import Completion, Policy, Sampling, complete, load_policy, model_of
+from dro_jax.cli.generate import (
+    Completion,
+    Policy,
+    Sampling,
+    complete,
+    load_policy,
+    model_of,
+    texts_of_rows,
+)
 from dro_jax.cli.run_folder import REFERENCE
 from dro_jax.data.packing import Batch, Example, score_examples
 from dro_jax.data.vocabulary import encode_prompt
@@ -100,23 +108,11 @@ def read_completions(path: str, prompts: Sequence[str]) -> list[str]:
       UsageError: if the file cannot be read, a row is not a prompt and a completion, or an answer is missing.
     """
     try:
-        lines = epath.Path(path).read_bytes().decode().removeprefix("\ufeff").split("\n")
+        text = epath.Path(path).read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read ({error}); give a UTF-8 file") from error
     found: dict[str, collections.deque[str]] = collections.defaultdict(collections.deque)
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-            prompt, completion = row["prompt"], row["completion"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{path}, line {number}: no fields 'prompt' and 'completion'; write one JSON object a line"
-            ) from error
-        for text in (prompt, completion):
-            if not isinstance(text, str) or any("\ud800" <= c <= "\udfff" for c in text):
-                raise UsageError(f"{path}, line {number}: is not text; write strings")
+    for prompt, completion in texts_of_rows(path, text, ["prompt", "completion"]):
         found[prompt].append(completion)
     answers = []
     for number, prompt in enumerate(prompts, 1):

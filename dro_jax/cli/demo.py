@@ -30,7 +30,7 @@ from dro_jax.evaluation.enumeration import (
 )
 from dro_jax.evaluation.sampling import Decoding
 from dro_jax.training import checkpoints
-from dro_jax.training.algorithms import Algorithm
+from dro_jax.training.algorithms import Algorithm, DroV
 from dro_jax.training.step import example_arrays, sequence_log_prob
 from dro_jax.whole_files import write_whole
 
@@ -182,7 +182,7 @@ def score_answers(
         # Of values a token, which differ from answer to answer, what the policy expects.
         probabilities = np.exp(renormalise(policy_log_prob))
         value = np.sum(probabilities * np.asarray(examples.value).reshape(shape), axis=1)
-        if getattr(algorithm, "values", None) == "single":
+        if isinstance(algorithm, DroV) and algorithm.values == "single":
             value = np.full_like(value, value.mean())
     statistics = RewardStatistics.load_json(run_directory / STATISTICS)
     pairs = [

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -258,25 +258,43 @@ def read_prompts(path: str) -> list[str]:
         text = sys.stdin.read() if path == "-" else epath.Path(path).read_bytes().decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"{path}: cannot be read ({error}); give a UTF-8 text file") from error
-    prompts = []
-    # Not splitlines(): it also splits at characters that JSON leaves inside a string, such as U+2028.
-    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
-        line = line.removesuffix("\r")
-        if not line.strip():
-            continue
-        if not path.endswith(".jsonl"):
-            prompts.append(line)
-            continue
-        try:
-            prompt = json.loads(line)["prompt"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{path}, line {number}: no field 'prompt'; write one JSON object a line"
-            ) from error
-        # Half a surrogate pair is no character, and no UTF-8.
-        if not isinstance(prompt, str) or any("\ud800" <= c <= "\udfff" for c in prompt):
-            raise UsageError(f"{path}, line {number}: field 'prompt' is not text; write a string")
-        prompts.append(prompt)
+    if path.endswith(".jsonl"):
+        prompts = [prompt for (prompt,) in texts_of_rows(path, text, ["prompt"])]
+    else:
+        prompts = [line for _, line in _lines(text)]
     if not prompts:
         raise UsageError(f"{path}: no prompts; write one a line")
     return prompts
+
+
+def texts_of_rows(path: str, text: str, fields: Sequence[str]) -> Iterator[list[str]]:
+    """Yields these fields of each JSON object, one a line; blank lines are passed over.
+
+    Raises:
+      UsageError: if a row is not an object, or one of its fields is not there or no text; `path` names the file.
+    """
+    for number, line in _lines(text):
+        try:
+            row = json.loads(line)
+            texts = [row[field] for field in fields]
+        except (ValueError, KeyError, TypeError) as error:
+            names = f"field{'s' * (len(fields) > 1)} {' and '.join(map(repr, fields))}"
+            raise UsageError(
+                f"{path}, line {number}: no {names}; write one JSON object a line"
+            ) from error
+        for field, value in zip(fields, texts, strict=True):
+            # Half a surrogate pair is no character, and no UTF-8.
+            if not isinstance(value, str) or any("\ud800" <= c <= "\udfff" for c in value):
+                raise UsageError(
+                    f"{path}, line {number}: field {field!r} is not text; write a string"
+                )
+        yield texts
+
+
+def _lines(text: str) -> Iterator[tuple[int, str]]:
+    """Numbers from 1 and texts of the lines that are not blank."""
+    # Not splitlines(): it also splits at characters that JSON leaves inside a string, such as U+2028.
+    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
+        line = line.removesuffix("\r")
+        if line.strip():
+            yield number, line

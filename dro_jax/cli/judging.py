@@ -23,8 +23,8 @@ from dro_jax.evaluation.judges import Judge, Reward, judge_by_reward
 from dro_jax.evaluation.llm_judge import TEMPLATE, LlmJudge, check_template
 from dro_jax.networks.sharding import laid_over
 from dro_jax.training import checkpoints, loop, partitioning
-from dro_jax.training.algorithms import DroV
-from dro_jax.training.step import example_arrays, sequence_log_prob
+from dro_jax.training.algorithms import DroP, DroV
+from dro_jax.training.step import example_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -179,7 +179,8 @@ def learnt_reward(checkpoint: str, *, with_value: bool) -> Reward:
             f"{checkpoint}: its V is none or has seen the prompt alone, and cannot tell two answers apart; give "
             f"implied_reward:{checkpoint}, or a run with DroV.values = 'per_token'"
         )
-    tau, token_mean = settings["TAU"], settings.get("LOG_PROBS") == "mean"
+    tau = settings["TAU"]
+    of_log_ratio = DroP(tau, log_probs=settings.get("LOG_PROBS", "sum"))
     method = DroV(tau, values="per_token", networks=settings.get("NETWORKS", "double"))
     own_value = with_value and method.networks == "double"
     layout = layout_of(config, has_value=own_value)
@@ -192,11 +193,9 @@ def learnt_reward(checkpoint: str, *, with_value: bool) -> Reward:
 
     def reward_of(params: Any, reference: Any, batch: dict[str, jax.Array]) -> jax.Array:
         with laid_over(layout.mesh, layout.rules):
-            log_ratio = sequence_log_prob(config, params["policy"], batch)
-            log_ratio -= sequence_log_prob(config, reference, batch)
-            if token_mean:
-                log_ratio /= jnp.maximum(_target_tokens(batch), 1)
-            reward = tau * log_ratio
+            of_pair = example_arrays(config, of_log_ratio, params, reference, batch)
+            assert of_pair.reference_log_prob is not None
+            reward = tau * (of_pair.policy_log_prob - of_pair.reference_log_prob)
             if with_value:
                 at_last = batch | {"decoder_loss_weights": _is_last(batch)}
                 reward += example_arrays(config, method, params, reference, at_last).value
@@ -243,12 +242,6 @@ def learnt_reward(checkpoint: str, *, with_value: bool) -> Reward:
         )
 
     return reward
-
-
-def _target_tokens(batch: dict[str, jax.Array]) -> jax.Array:
-    """Number [B, N] of each response's tokens in packed rows."""
-    slots = jnp.arange(1, batch["rewards"].shape[1] + 1).reshape(1, 1, -1)
-    return jnp.sum(batch["decoder_segment_ids"][:, :, None] == slots, axis=1)
 
 
 def _is_last(batch: dict[str, jax.Array]) -> jax.Array:

@@ -154,12 +154,15 @@ def train(
 
     def check() -> RunData:
         check_settings(
-            model_dir, num_steps, max_examples, seed, keep_last, keep_every, stall_seconds
+            model_dir,
+            num_steps,
+            max_examples,
+            seed,
+            keep_last,
+            keep_every,
+            stall_seconds,
+            compilation_cache_dir,
         )
-        if not isinstance(compilation_cache_dir, str | None):
-            raise UsageError(
-                f"train.compilation_cache_dir is {compilation_cache_dir!r}: give a path, or None"
-            )
         partitioning.check_batch_size(
             batch_size, mesh, rules, microbatches, pairs=algorithm.needs.pairs
         )
@@ -446,6 +449,7 @@ def check_settings(
     keep_last: int,
     keep_every: int | None,
     stall_seconds: float,
+    compilation_cache_dir: str | None,
 ) -> None:
     """Raises UsageError for a setting of `train` that means nothing."""
     if not isinstance(model_dir, str):
@@ -455,6 +459,10 @@ def check_settings(
     check_number("train.seed", seed, whole=True)
     check_number("train.keep_last", keep_last, whole=True, at_least=1)
     check_number("train.stall_seconds", stall_seconds, above=0)
+    if not isinstance(compilation_cache_dir, str | None):
+        raise UsageError(
+            f"train.compilation_cache_dir is {compilation_cache_dir!r}: give a path, or None"
+        )
     if keep_every is not None:
         check_number("train.keep_every", keep_every, whole=True, at_least=1)
 

@@ -525,9 +525,9 @@ def test_mistakes_are_told_before_anything_is_written(compared, sft_run, dro_v_r
     ("content", "message"),
     [
         ('{"prompt": "a"}\n', ", line 1: no fields 'prompt' and 'completion'"),
-        ('{"prompt": "a", "completion": 3}\n', ", line 1: is not text"),
+        ('{"prompt": "a", "completion": 3}\n', ", line 1: field 'completion' is not text"),
         ('\n["a"]\n', ", line 2: no fields"),
-        ('{"prompt": "a", "completion": "\\ud800"}\n', ", line 1: is not text"),
+        ('{"prompt": "a", "completion": "\\ud800"}\n', ", line 1: field 'completion' is not text"),
         ("", ": no completion of prompt 1 ('"),
         (b"\xff", ": cannot be read ("),
         (None, ": cannot be read ("),
