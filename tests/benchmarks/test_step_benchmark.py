@@ -30,6 +30,16 @@ def names(sides):
     return shapes + speeds
 
 
+def trial_and_batch(rows):
+    """The trial model, and a padded batch of so many examples with made-up log-probabilities of the reference."""
+    import workloads
+
+    config, cut = workloads.SHAPES["trial"], {"inputs": 8, "targets": 9}
+    examples = workloads.make_examples(rows, cut, config.vocab_size, 0)
+    (batch,) = workloads.padded(examples, rows, cut, multiple=1)
+    return config, batch
+
+
 def test_our_side_needs_arrays_alone(tmp_path):
     found = running.run(
         "step",
@@ -175,9 +185,7 @@ def test_the_other_side_s_ways_of_a_step_are_one_step(monkeypatch):
     import theirs
     import workloads
 
-    config, cut = workloads.SHAPES["trial"], {"inputs": 8, "targets": 9}
-    examples = workloads.make_examples(4, cut, config.vocab_size, 0)
-    (batch,) = workloads.padded(examples, 4, cut, multiple=1)
+    config, batch = trial_and_batch(4)
     alone = workloads.without_reference(batch)
 
     def losses(batch, *, log_prob=theirs.log_prob, **settings):
@@ -208,9 +216,7 @@ def test_a_batch_that_does_not_fit_into_memory_is_worked_through_in_parts(monkey
     import theirs
     import workloads
 
-    config, cut = workloads.SHAPES["trial"], {"inputs": 8, "targets": 9}
-    examples = workloads.make_examples(5, cut, config.vocab_size, 0)
-    (batch,) = workloads.padded(examples, 5, cut, multiple=1)
+    config, batch = trial_and_batch(5)
 
     def of_few(model, some):
         if len(some["inputs"]) > fit:
@@ -239,12 +245,8 @@ def test_one_example_that_does_not_fit_is_an_error(monkeypatch):
 
     monkeypatch.syspath_prepend(running.BENCHMARKS)
     import theirs
-    import workloads
 
-    config, cut = workloads.SHAPES["trial"], {"inputs": 8, "targets": 9}
-    (batch,) = workloads.padded(
-        workloads.make_examples(2, cut, config.vocab_size, 0), 2, cut, multiple=1
-    )
+    config, batch = trial_and_batch(2)
 
     def never(model, some):
         raise torch.OutOfMemoryError("too much")
@@ -263,10 +265,7 @@ def test_fused_attention_can_read_every_bias(monkeypatch):
     import theirs
     import workloads
 
-    config, cut = workloads.SHAPES["trial"], {"inputs": 8, "targets": 9}
-    (batch,) = workloads.padded(
-        workloads.make_examples(2, cut, config.vocab_size, 0), 2, cut, multiple=1
-    )
+    config, batch = trial_and_batch(2)
     trainer = theirs.make_trainer(config, "cpu", bfloat16=False, attention="sdpa")
     masks = []
     attend = torch.nn.functional.scaled_dot_product_attention

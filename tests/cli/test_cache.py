@@ -43,6 +43,22 @@ def both(command, train_flags, feedback_file, sft_run, tmp_path):
     return call
 
 
+@pytest.fixture
+def trained_both_ways(both, watching, tmp_path):
+    """Trains from the cache and without it, in folders of these names; gives the batches of each."""
+
+    def train(**settings):
+        batches = []
+        for name, cache in (("cached", str(tmp_path / "cache")), ("plain", None)):
+            with watching() as seen:
+                result = both("train", CACHE_DIR=cache, MODEL_DIR=str(tmp_path / name), **settings)
+            assert (result.code, result.err) == (0, "")
+            batches.append(seen)
+        return batches
+
+    return train
+
+
 def losses(directory):
     """Of the training steps that were logged, and of the held-out split, from TensorBoard."""
     found = []
@@ -59,7 +75,7 @@ def losses(directory):
     ("method", "max_examples"), [("dro_v", 1), ("dro_v", 3), ("kto", 3), ("dro_two_sample", 1)]
 )
 def test_training_on_a_cache_is_training_without_it(
-    method, max_examples, cache_made, both, watching, tmp_path
+    method, max_examples, cache_made, both, trained_both_ways, tmp_path
 ):
     if method == "dro_v":
         shutil.copytree(cache_made, tmp_path / "cache")
@@ -68,12 +84,7 @@ def test_training_on_a_cache_is_training_without_it(
         assert (made.code, made.err) == (0, "")
         assert "60 examples, " in made.out
     settings = {"method": method, "MAX_EXAMPLES": max_examples}
-    batches = []
-    for name, cache in (("cached", str(tmp_path / "cache")), ("plain", None)):
-        with watching() as seen:
-            result = both("train", CACHE_DIR=cache, MODEL_DIR=str(tmp_path / name), **settings)
-        assert (result.code, result.err) == (0, "")
-        batches.append(seen)
+    batches = trained_both_ways(**settings)
     assert len(batches[0]) == len(batches[1]) > 3
     for cached, plain in zip(*batches, strict=True):
         log_probs = {name for name in cached if "log_probs" in name}
@@ -305,7 +316,7 @@ def test_of_several_processes_the_writer_s_view_decides_what_is_scored(cache_mad
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_a_cache_that_seqio_made_is_trained_from(both, feedback_file, watching, tmp_path):
+def test_a_cache_that_seqio_made_is_trained_from(both, feedback_file, trained_both_ways, tmp_path):
     """The files of `seqio_cache_tasks` for README's one line, written as Beam would: it is not in the test extra."""
     import seqio
     import tensorflow as tf
@@ -332,12 +343,7 @@ def test_a_cache_that_seqio_made_is_trained_from(both, feedback_file, watching, 
                 file.write(seqio.dict_to_tfexample(row).SerializeToString())
     (folder / "COMPLETED").write_text("COMPLETED")
     settings = {"feedback__FeedbackFile__validation_fraction": None}
-    batches = []
-    for name, cache in (("cached", str(tmp_path / "cache")), ("plain", None)):
-        with watching() as seen:
-            result = both("train", CACHE_DIR=cache, MODEL_DIR=str(tmp_path / name), **settings)
-        assert (result.code, result.err) == (0, "")
-        batches.append(seen)
+    batches = trained_both_ways(**settings)
     for cached, plain in zip(*batches, strict=True):
         assert cached.keys() == plain.keys()
         for name, array in plain.items():
